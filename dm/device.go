@@ -1,0 +1,249 @@
+package dm
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"cowherd/block"
+	"cowherd/internal/percpu"
+)
+
+// A Target is what a mapped device is made of. Map either remaps r (changes its offset) and returns the device that
+// it goes to, or takes it and returns nil: the target then completes it, or submits it, itself. Map is called
+// concurrently, on the caller's goroutine, with r's range checked against Size and Limits, neither of which changes.
+//
+// A Target may also be a block.ExtentLister.
+type Target interface {
+	Map(r *block.Request) block.Device
+	Size() int64
+	Limits() block.Limits
+}
+
+// Device is a mapped device: a name and a live target behind a gate that can be closed.
+//
+//	Submit(r):  inflight[queue]++
+//	            gate closed?  inflight[queue]--, r is kept until Resume
+//	            target.Map(r), and what follows
+//	r is done:  inflight[queue]--; gate closed and nothing left in flight: Suspend goes on
+//
+// The counters are per queue and the gate is a word that is only read, so requests on different queues share no
+// cache line that is written. Who enters counts itself first and looks at the gate then; Suspend closes the gate first
+// and sums the counters then: one of the two sees the other.
+//
+// Invariants:
+//
+//  1. While a Device is suspended no request is between Submit and its completion in the target.
+//  2. No request is lost: what Submit kept is submitted by Resume, or failed with ESHUTDOWN when the device is closed.
+type Device struct {
+	name   string
+	size   int64
+	limits block.Limits
+
+	closed   atomic.Bool // the gate
+	live     atomic.Pointer[live]
+	inflight percpu.Shards[counter]
+
+	mu       sync.Mutex
+	kept     block.List    // requests that came while the gate was closed; +checklocks:mu
+	drained  chan struct{} // not nil: Suspend waits for it to be closed; +checklocks:mu
+	reopened chan struct{} // closed by Resume; not nil while suspended; +checklocks:mu
+}
+
+type counter struct{ n atomic.Int64 }
+
+// live is a target with its optional powers.
+type live struct {
+	target  Target
+	extents block.ExtentLister // nil: it has none
+}
+
+// NewDevice makes a running device of one target. readOnly makes every write fail with EROFS.
+func NewDevice(name string, target Target, readOnly bool) *Device {
+	d := &Device{name: name, size: target.Size(), limits: target.Limits(), inflight: percpu.New[counter]()}
+	d.limits.ReadOnly = d.limits.ReadOnly || readOnly
+	d.setTarget(target)
+	return d
+}
+
+func (d *Device) setTarget(target Target) {
+	l := &live{target: target}
+	l.extents, _ = target.(block.ExtentLister)
+	d.live.Store(l)
+}
+
+// Name is the device's name.
+func (d *Device) Name() string { return d.name }
+
+// Size is the target's, in bytes.
+func (d *Device) Size() int64 { return d.size }
+
+// Limits are the target's.
+func (d *Device) Limits() block.Limits { return d.limits }
+
+// Submit checks r and maps it. While the device is suspended it keeps r for later.
+func (d *Device) Submit(r *block.Request) {
+	if err := block.CheckRange(r, d.size, d.limits); err != nil {
+		r.Complete(err)
+		return
+	}
+	in := d.inflight.At(uint(r.Queue))
+	in.n.Add(1)
+	if d.closed.Load() {
+		d.leave(in)
+		d.keep(r)
+		return
+	}
+	l := d.live.Load()
+	if l == nil {
+		d.leave(in)
+		r.Complete(d.gone(r))
+		return
+	}
+	r.Push((*gate)(d))
+	if to := l.target.Map(r); to != nil {
+		to.Submit(r)
+	}
+}
+
+// gate is the Device as the Completer of what went through it.
+type gate Device
+
+func (g *gate) Complete(r *block.Request, err error) {
+	d := (*Device)(g)
+	// Counted off before the submitter is told: what it does then, it may do for as long as it likes.
+	d.leave(d.inflight.At(uint(r.Queue)))
+	r.Complete(err)
+}
+
+// leave counts a request off.
+func (d *Device) leave(in *counter) {
+	in.n.Add(-1)
+	if d.closed.Load() {
+		d.mu.Lock()
+		d.checkDrainedLocked()
+		d.mu.Unlock()
+	}
+}
+
+// checkDrainedLocked lets Suspend go on when nothing is in flight.
+// +checklocks:d.mu
+func (d *Device) checkDrainedLocked() {
+	if d.drained == nil {
+		return
+	}
+	var n int64
+	for i := range d.inflight.Len() {
+		n += d.inflight.Index(i).n.Load()
+	}
+	if n == 0 {
+		close(d.drained)
+		d.drained = nil
+	}
+}
+
+// keep holds r back until Resume; if that was quicker, r goes in at once.
+func (d *Device) keep(r *block.Request) {
+	d.mu.Lock()
+	if d.closed.Load() {
+		d.kept.PushBack(r)
+		d.mu.Unlock()
+		return
+	}
+	d.mu.Unlock()
+	d.Submit(r)
+}
+
+func (d *Device) gone(r *block.Request) error {
+	return &block.Error{
+		Op: r.Op, Offset: r.Offset, Length: r.Length, Errno: syscall.ESHUTDOWN,
+		Err: fmt.Errorf("device %q was removed", d.name),
+	}
+}
+
+// Suspend closes the gate and waits until nothing is in flight. New requests wait until Resume. If ctx ends first the
+// gate is opened again and the error is ctx's. A device that is already suspended gives EBUSY.
+func (d *Device) Suspend(ctx context.Context) error {
+	d.mu.Lock()
+	if d.closed.Load() {
+		d.mu.Unlock()
+		return fmt.Errorf("suspend %q: already suspended: %w", d.name, syscall.EBUSY)
+	}
+	drained := make(chan struct{})
+	d.drained, d.reopened = drained, make(chan struct{})
+	d.closed.Store(true)
+	d.checkDrainedLocked()
+	d.mu.Unlock()
+	select {
+	case <-drained:
+		return nil
+	case <-ctx.Done():
+		d.Resume()
+		return fmt.Errorf("suspend %q: requests in flight do not end: %w", d.name, ctx.Err())
+	}
+}
+
+// Resume opens the gate and submits what waited. Without a Suspend before it does nothing.
+func (d *Device) Resume() {
+	d.mu.Lock()
+	if !d.closed.Load() {
+		d.mu.Unlock()
+		return
+	}
+	kept := d.kept.Take()
+	d.drained = nil
+	close(d.reopened)
+	d.reopened = nil
+	d.closed.Store(false)
+	d.mu.Unlock()
+	for r := kept.PopFront(); r != nil; r = kept.PopFront() {
+		d.Submit(r)
+	}
+}
+
+// Close removes the device: requests in flight are waited for, those kept and all later ones fail with ESHUTDOWN. A
+// suspended device may be closed. If ctx ends first nothing has changed. The target stays the caller's.
+func (d *Device) Close(ctx context.Context) error {
+	if !d.closed.Load() {
+		if err := d.Suspend(ctx); err != nil {
+			return err
+		}
+	}
+	d.live.Store(nil)
+	d.Resume()
+	return nil
+}
+
+// Extents are the target's; everything is data if it does not know. It waits while the device is suspended.
+func (d *Device) Extents(offset, length int64, yield func(block.Extent) bool) error {
+	in := d.inflight.At(0)
+	for {
+		in.n.Add(1)
+		if !d.closed.Load() {
+			break
+		}
+		d.leave(in)
+		d.waitReopened()
+	}
+	defer d.leave(in)
+	l := d.live.Load()
+	if l == nil {
+		return fmt.Errorf("device %q was removed: %w", d.name, syscall.ESHUTDOWN)
+	}
+	if l.extents == nil {
+		yield(block.Extent{Offset: offset, Length: length})
+		return nil
+	}
+	return l.extents.Extents(offset, length, yield)
+}
+
+func (d *Device) waitReopened() {
+	d.mu.Lock()
+	reopened := d.reopened
+	d.mu.Unlock()
+	if reopened != nil {
+		<-reopened
+	}
+}
