@@ -46,42 +46,39 @@ func (l *List) Take() List {
 	return t
 }
 
-// closed is what the head of a closed WaitList points to.
-var closed = new(Request)
-
-// WaitList is where requests wait for one thing that happens once: any number of goroutines Add, one closes. Lock
-// free. The zero value is open and empty.
-type WaitList struct {
-	head atomic.Pointer[Request]
+// A Waker goes on with a request that has waited for something: the layer that made it wait.
+type Waker interface {
+	Wake(r *Request)
 }
 
-// Add hands r to the list. It is false, and r stays the caller's, when the list is closed: what the request would
-// have waited for has happened.
-func (w *WaitList) Add(r *Request) bool {
+// WaitList is where requests wait for something to happen: any number of goroutines add, and whoever makes it happen
+// takes them all. Lock-free. The zero value is empty.
+//
+// Who adds must look once more, afterwards, whether it has happened meanwhile, and if so take the list itself; who
+// makes it happen must do so before it takes the list. One of the two then finds the request.
+type WaitList struct {
+	head atomic.Pointer[Request] // newest first
+}
+
+// Add hands r to the list; who takes it is to call r.Wake, which goes on with waker.
+func (w *WaitList) Add(r *Request, waker Waker) {
+	r.waker = waker
 	for {
 		head := w.head.Load()
-		if head == closed {
-			return false
-		}
 		r.link = head
 		if w.head.CompareAndSwap(head, r) {
-			return true
+			return
 		}
-		r.link = nil
 	}
 }
 
-// Close closes the list and returns what waited in it, oldest first; the requests are the caller's.
-func (w *WaitList) Close() List {
-	r := w.head.Swap(closed)
-	if r == closed {
+// Take empties the list and returns what was in it, oldest first; the requests are the caller's.
+func (w *WaitList) Take() List {
+	if w.head.Load() == nil {
 		return List{}
 	}
-	return reversed(r)
+	return reversed(w.head.Swap(nil))
 }
-
-// Open makes a closed list accept requests again. Nobody else may change the list meanwhile.
-func (w *WaitList) Open() { w.head.Store(nil) }
 
 // reversed turns a chain, newest first, into a List, oldest first.
 func reversed(r *Request) List {

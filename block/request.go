@@ -39,6 +39,7 @@ type Request struct {
 	Data   []byte // OpRead and OpWrite only
 
 	link  *Request    // of the List or WaitList that holds the request; its owner's
+	waker Waker       // who goes on when the request has waited
 	hooks []Completer // innermost last
 }
 
@@ -61,6 +62,16 @@ func (r *Request) Complete(err error) {
 	r.hooks[n] = nil
 	r.hooks = r.hooks[:n]
 	c.Complete(r, err)
+}
+
+// SetWaker says who goes on with r after it has waited, for a holder other than a WaitList.
+func (r *Request) SetWaker(waker Waker) { r.waker = waker }
+
+// Wake hands r to the Waker that was set when it began to wait. The caller no longer owns r.
+func (r *Request) Wake() {
+	waker := r.waker
+	r.waker = nil
+	waker.Wake(r)
 }
 
 // Reset makes a request that has been completed as good as new, keeping its memory. It drops the reference to Data.

@@ -46,10 +46,13 @@ type Device struct {
 	live     atomic.Pointer[live]
 	inflight percpu.Shards[counter]
 
-	mu       sync.Mutex
-	kept     block.List    // requests that came while the gate was closed; +checklocks:mu
-	drained  chan struct{} // not nil: Suspend waits for it to be closed; +checklocks:mu
-	reopened chan struct{} // closed by Resume; not nil while suspended; +checklocks:mu
+	mu sync.Mutex
+	// Requests that came while the gate was closed.
+	kept block.List // +checklocks:mu
+	// Closed when nothing is in flight; not nil while Suspend waits for that.
+	drained chan struct{} // +checklocks:mu
+	// Closed when the gate is opened; not nil while it is closed.
+	reopened chan struct{} // +checklocks:mu
 }
 
 type counter struct{ n atomic.Int64 }
@@ -164,7 +167,7 @@ func (d *Device) gone(r *block.Request) error {
 }
 
 // Suspend closes the gate and waits until nothing is in flight. New requests wait until Resume. If ctx ends first the
-// gate is opened again and the error is ctx's. A device that is already suspended gives EBUSY.
+// gate is opened again and the error is ctx's. A device that is suspended, or is being suspended, gives EBUSY.
 func (d *Device) Suspend(ctx context.Context) error {
 	d.mu.Lock()
 	if d.closed.Load() {
@@ -180,40 +183,67 @@ func (d *Device) Suspend(ctx context.Context) error {
 	case <-drained:
 		return nil
 	case <-ctx.Done():
-		d.Resume()
-		return fmt.Errorf("suspend %q: requests in flight do not end: %w", d.name, ctx.Err())
 	}
+	d.mu.Lock()
+	if d.drained == nil { // the last request ended at the same moment
+		d.mu.Unlock()
+		return nil
+	}
+	d.drained = nil
+	kept := d.openLocked()
+	d.mu.Unlock()
+	d.submitAll(kept)
+	return fmt.Errorf("suspend %q: requests in flight do not end: %w", d.name, ctx.Err())
 }
 
-// Resume opens the gate and submits what waited. Without a Suspend before it does nothing.
+// Resume opens the gate and submits what waited. It does nothing unless a Suspend has succeeded before.
 func (d *Device) Resume() {
 	d.mu.Lock()
-	if !d.closed.Load() {
-		d.mu.Unlock()
-		return
+	var kept block.List
+	if d.suspendedLocked() {
+		kept = d.openLocked()
 	}
-	kept := d.kept.Take()
-	d.drained = nil
+	d.mu.Unlock()
+	d.submitAll(kept)
+}
+
+// suspendedLocked tells whether a Suspend has succeeded, and no Resume since.
+// +checklocks:d.mu
+func (d *Device) suspendedLocked() bool { return d.closed.Load() && d.drained == nil }
+
+// openLocked opens the gate. What was kept is the caller's to submit.
+// +checklocks:d.mu
+func (d *Device) openLocked() block.List {
 	close(d.reopened)
 	d.reopened = nil
 	d.closed.Store(false)
-	d.mu.Unlock()
-	for r := kept.PopFront(); r != nil; r = kept.PopFront() {
+	return d.kept.Take()
+}
+
+func (d *Device) submitAll(l block.List) {
+	for r := l.PopFront(); r != nil; r = l.PopFront() {
 		d.Submit(r)
 	}
 }
 
 // Close removes the device: requests in flight are waited for, those kept and all later ones fail with ESHUTDOWN. A
-// suspended device may be closed. If ctx ends first nothing has changed. The target stays the caller's.
+// suspended device may be closed; one that is just being suspended gives EBUSY. If ctx ends first nothing has changed.
+// The target stays the caller's.
 func (d *Device) Close(ctx context.Context) error {
-	if !d.closed.Load() {
+	for {
+		d.mu.Lock()
+		if d.suspendedLocked() {
+			d.live.Store(nil)
+			kept := d.openLocked()
+			d.mu.Unlock()
+			d.submitAll(kept)
+			return nil
+		}
+		d.mu.Unlock()
 		if err := d.Suspend(ctx); err != nil {
 			return err
 		}
 	}
-	d.live.Store(nil)
-	d.Resume()
-	return nil
 }
 
 // Extents are the target's; everything is data if it does not know. It waits while the device is suspended.

@@ -15,9 +15,10 @@ import (
 // Device passes requests on to another device unless its rules say otherwise. Safe for concurrent use.
 type Device struct {
 	lower block.Device
+	// +checklocksignore: set once.
+	cond *sync.Cond
 
 	mu   sync.Mutex
-	cond *sync.Cond
 	hold func(*block.Request) bool  // +checklocks:mu
 	fail func(*block.Request) error // +checklocks:mu
 	held []*block.Request           // +checklocks:mu
