@@ -21,7 +21,7 @@ const module = "cowherd"
 // only, so those on one line are siblings. A star stands for one element of the path.
 var layers = [][]string{
 	{"cmd/*"},
-	{"service", "bench"},
+	{"service", "bench", "bench/peers"},
 	{"api"},
 	{"export/*"},
 	{"dm"},

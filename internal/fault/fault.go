@@ -15,8 +15,7 @@ import (
 // Device passes requests on to another device unless its rules say otherwise. Safe for concurrent use.
 type Device struct {
 	lower block.Device
-	// +checklocksignore: set once.
-	cond *sync.Cond
+	cond  *sync.Cond // +checklocksignore: set once
 
 	mu   sync.Mutex
 	hold func(*block.Request) bool  // +checklocks:mu

@@ -1,0 +1,116 @@
+package kcopyd
+
+import "sync"
+
+// restartsMax bounds how many sub-jobs of others a goroutine runs that gave a buffer back, before it leaves the rest
+// to a goroutine of their own: nobody's Submit or completion is kept for as long as memory is short.
+const restartsMax = 16
+
+// Scaled is the engine that runs a job on the queue that asked for it. There is no worker: jobs move on in Submit and
+// in the completions of their I/O, and queues share nothing unless memory is short.
+type Scaled struct {
+	core
+	helpers sync.WaitGroup // the goroutines that restartsMax asks for
+}
+
+// NewScaled makes a scaled engine.
+func NewScaled(config Config) *Scaled {
+	e := new(Scaled)
+	e.core.init(config, e)
+	return e
+}
+
+// Submit starts a job. See Engine.
+func (e *Scaled) Submit(j *Job) {
+	sh := e.pool.shards.At(uint(j.Queue))
+	sh.submitted.Add(1)
+	e.run(e.begin(j, sh))
+}
+
+// resume goes on with s on the goroutine of its completion.
+func (e *Scaled) resume(s *subJob) { e.run(s.alone()) }
+
+// run moves sub-jobs on until each waits for something or has ended its job, together with all that this sets free.
+func (e *Scaled) run(todo subJobs) {
+	restarts := 0
+	for s := todo.pop(); s != nil; s = todo.pop() {
+		restarts += e.advance(s, &todo)
+		if restarts > restartsMax && todo.head != nil {
+			rest := todo
+			e.helpers.Go(func() { e.run(rest) })
+			return
+		}
+	}
+}
+
+// advance moves s on until it waits or leaves, and appends what it sets free to todo. It returns how many of these
+// had waited for a buffer.
+func (e *Scaled) advance(s *subJob, todo *subJobs) int {
+	restarts := 0
+	for {
+		if s.phase == phaseStart && !e.pool.acquire(s) {
+			return restarts
+		}
+		if s.phase != phaseEnd && !s.issue() {
+			return restarts
+		}
+		more := e.end(s, todo)
+		restarts += e.pool.restart(todo)
+		if !more {
+			return restarts
+		}
+		if todo.head != nil {
+			todo.push(s) // those have buffers already, and must not sit on them until a large job is over
+			return restarts
+		}
+	}
+}
+
+// end gives back the buffer of a sub-job in phaseEnd. It is true when s is to look for another piece; otherwise it has
+// left, and its job with it if it was the last.
+func (e *Scaled) end(s *subJob, todo *subJobs) bool {
+	j := s.job
+	if next := s.passTurn(); next != nil {
+		todo.push(next)
+	}
+	j.state.shard.give(s)
+	if s.isWhole() {
+		e.finish(j)
+		return false
+	}
+	if s.length > 0 {
+		s.phase = phaseStart
+		return true
+	}
+	if s.leave() {
+		j.state.shard.count(j.tally())
+		e.finish(j)
+	}
+	return false
+}
+
+// QueueJobs is the number of jobs submitted on each of the engine's queues, which are as many as the CPUs rounded up
+// to a power of two: where the I/O was issued from.
+func (e *Scaled) QueueJobs() []uint64 {
+	jobs := make([]uint64, e.pool.shards.Len())
+	for i := range jobs {
+		jobs[i] = e.pool.shards.Index(i).submitted.Load()
+	}
+	return jobs
+}
+
+// submitted is the sum of QueueJobs.
+func (e *Scaled) submitted() uint64 {
+	var sum uint64
+	for i := range e.pool.shards.Len() {
+		sum += e.pool.shards.Index(i).submitted.Load()
+	}
+	return sum
+}
+
+// Close waits until no job is in flight. See Engine.
+func (e *Scaled) Close() error {
+	e.drain()
+	e.helpers.Wait()
+	return nil
+}

@@ -1,0 +1,341 @@
+package kcopyd
+
+import (
+	"sync/atomic"
+
+	"cowherd/block"
+)
+
+// phase is what a sub-job has to do next.
+type phase uint8
+
+const (
+	phaseStart phase = iota // find a buffer
+	phaseTake               // take a piece and read it
+	phaseWrite              // write it, when it is its turn
+	phaseEnd                // give the buffer back
+)
+
+// A subJob copies pieces of a job, one at a time. It has one owner: the goroutine that runs it, the device that has
+// its request, the list it is in, or, while it is parked, the sub-job whose turn it is.
+type subJob struct {
+	job    *Job
+	next   *subJob // of the list that holds it; the list's
+	phase  phase
+	parked bool // it waits for its turn; guarded by the job's state.mu
+
+	// The piece.
+	offset, length int64 // from the start of the job; length 0: it found none
+	unread         bool  // it could not be read
+	cut            bool  // it is not written because of an error before it
+	bad            int   // destinations that it could not be written to; guarded by the job's state.mu during I/O
+
+	buf     *buffer
+	barrier barrier
+	req     block.Request // the read, then the write to destination 0
+	fan     *fan          // the other writes; nil until there are some
+}
+
+// fan holds the requests for the destinations after the first. It is pooled.
+type fan struct {
+	reqs [DestinationsMax - 1]block.Request
+}
+
+// start makes s ready to work for j.
+func (s *subJob) start(j *Job) {
+	s.job, s.phase, s.parked = j, phaseStart, false
+	s.offset, s.length = 0, 0
+	s.unread, s.cut, s.bad = false, false, 0
+}
+
+// stop lets go of all that s refers to.
+func (s *subJob) stop(c *core) {
+	s.job, s.req.Data = nil, nil
+	if f := s.fan; f != nil {
+		s.fan = nil
+		for i := range f.reqs {
+			f.reqs[i].Data = nil
+		}
+		c.fans.Put(f)
+	}
+}
+
+// alone is a list of s only.
+func (s *subJob) alone() subJobs {
+	s.next = nil
+	return subJobs{head: s, tail: s, count: 1}
+}
+
+// isWhole tells whether s does all of its job.
+func (s *subJob) isWhole() bool { return s == &s.job.state.whole }
+
+// wantsBuffer tells whether s needs a buffer for what it does next.
+func (s *subJob) wantsBuffer() bool {
+	j := s.job
+	if j.From.Device == nil {
+		return false
+	}
+	if s.isWhole() {
+		return true
+	}
+	st := &j.state
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	return j.moreLocked()
+}
+
+// bufferClass is the class of the buffer that s needs.
+func (s *subJob) bufferClass() int {
+	return classOf(min(s.job.Length, s.job.state.step))
+}
+
+// moreLocked tells whether there is a piece to take.
+//
+// +checklocks:j.state.mu
+func (j *Job) moreLocked() bool {
+	if j.state.taken == j.Length {
+		return false
+	}
+	if j.stoppedLocked() {
+		j.WriteBad |= j.everyDestination()
+		return false
+	}
+	return true
+}
+
+// take gives s the next piece of its job; false when there is none. A sub-job that is whole has its piece.
+func (s *subJob) take() bool {
+	if s.isWhole() {
+		return true
+	}
+	s.unread, s.cut, s.bad, s.length = false, false, 0, 0
+	j := s.job
+	st := &j.state
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if !j.moreLocked() {
+		return false
+	}
+	s.offset = st.taken
+	s.length = min(st.step, j.Length-st.taken)
+	st.taken += s.length
+	return true
+}
+
+// issue moves s on, from phaseTake or phaseWrite, as far as it goes without waiting. It is true when s is in phaseEnd
+// and the caller's; otherwise s is no longer the caller's, and its driver will be told to resume it, or passTurn
+// will return it.
+func (s *subJob) issue() bool {
+	if s.phase == phaseTake {
+		if !s.take() {
+			s.phase = phaseEnd
+			return true
+		}
+		s.phase = phaseWrite
+		if s.job.From.Device != nil && !s.read() {
+			return false
+		}
+	}
+	if !s.inTurn() {
+		return false
+	}
+	s.phase = phaseEnd
+	return s.unread || s.cut || s.write()
+}
+
+// read submits the read of the piece. It is true when it has completed and s is the caller's still.
+func (s *subJob) read() bool {
+	s.barrier.open(1)
+	s.submit(&s.req, block.OpRead, &s.job.From, s.buf.bytes(s.length))
+	return s.barrier.leave()
+}
+
+// write submits the writes of the piece. It is true when all have completed and s is the caller's still.
+func (s *subJob) write() bool {
+	j := s.job
+	st := &j.state
+	var data []byte
+	switch {
+	case j.From.Device != nil:
+		data = s.buf.bytes(s.length)
+	case st.op == block.OpWrite:
+		data = zeroes[:s.length]
+	}
+	s.barrier.open(len(j.To))
+	s.submit(&s.req, st.op, &j.To[0], data)
+	if len(j.To) > 1 {
+		if s.fan == nil {
+			s.fan = st.core.fans.Get().(*fan)
+		}
+		for i := range j.To[1:] {
+			s.submit(&s.fan.reqs[i], st.op, &j.To[i+1], data)
+		}
+	}
+	return s.barrier.leave()
+}
+
+// submit hands one request for the piece to a device.
+func (s *subJob) submit(r *block.Request, op block.Op, at *Region, data []byte) {
+	r.Op, r.Flags, r.Queue = op, 0, s.job.Queue
+	r.Offset, r.Length, r.Data = at.Offset+s.offset, s.length, data
+	r.Push(s)
+	at.Device.Submit(r)
+}
+
+// Complete is told of the end of each request. See block.Completer.
+func (s *subJob) Complete(r *block.Request, err error) {
+	if err != nil {
+		s.fail(r, err)
+	}
+	if s.barrier.arrive() {
+		s.job.state.core.driver.resume(s)
+	}
+}
+
+// fail notes the error of a request: of the read when s is to write next, else of a write.
+func (s *subJob) fail(r *block.Request, err error) {
+	if s.phase == phaseWrite {
+		s.unread = true
+		s.job.failRead(err)
+		return
+	}
+	i := 0
+	for r != &s.req && r != &s.fan.reqs[i] {
+		i++
+	}
+	if r != &s.req {
+		i++
+	}
+	s.job.failWrite(s, i, err)
+}
+
+// inTurn tells whether the piece may be written now. If not, s is parked and no longer the caller's.
+func (s *subJob) inTurn() bool {
+	j := s.job
+	if s.isWhole() || !j.sequential() {
+		return true
+	}
+	st := &j.state
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if s.offset != st.turn {
+		s.parked = true
+		return false
+	}
+	if st.failed && !s.unread {
+		s.cut = true
+		j.WriteBad |= j.everyDestination()
+	}
+	return true
+}
+
+// passTurn lets the next piece be written, after the one of s. It returns the sub-job that has it, if it waits for
+// that; it is the caller's then.
+func (s *subJob) passTurn() *subJob {
+	j := s.job
+	if s.length == 0 || s.isWhole() || !j.sequential() {
+		return nil
+	}
+	st := &j.state
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.turn += s.length
+	for i := range st.split.subJobs {
+		if next := &st.split.subJobs[i]; next.parked && next.offset == st.turn {
+			next.parked = false
+			return next
+		}
+	}
+	return nil
+}
+
+// tally is what s adds to the counters when it ends its piece.
+func (s *subJob) tally() tally {
+	j := s.job
+	var t tally
+	if s.isWhole() {
+		t = j.tally()
+	}
+	if s.unread {
+		return t
+	}
+	if j.From.Device != nil {
+		t.bytesRead = uint64(s.length)
+	}
+	if !s.cut {
+		t.bytesWritten = uint64(s.length) * uint64(len(j.To)-s.bad)
+	}
+	return t
+}
+
+// leave ends the work of s on a job of several pieces. It is true for the last to leave: the job is the caller's. For
+// the others it is gone.
+func (s *subJob) leave() bool { return s.job.state.live.Add(-1) == 0 }
+
+// A barrier tells who comes last: one of the completions of a number of requests, or who submitted them. The last
+// one owns what the barrier belongs to; the others must not touch it any more. It can be used again and again
+// without being reset, since a reset would be one more atomic operation for each I/O.
+type barrier struct {
+	arrived  atomic.Uint32 // since it was made, modulo 2^32
+	expected uint32        // the same count when all are there; written by the owner only
+}
+
+// open expects count completions and the submitter.
+func (b *barrier) open(count int) { b.expected += uint32(count) + 1 }
+
+// arrive counts a completion and tells whether it was the last of all.
+func (b *barrier) arrive() bool {
+	expected := b.expected // afterwards it may be somebody else's
+	return b.arrived.Add(1) == expected
+}
+
+// leave is the submitter's arrival: true when all completions came before.
+func (b *barrier) leave() bool {
+	if b.arrived.Load() == b.expected-1 {
+		b.expected-- // nobody is left to count for, so the addition is saved
+		return true
+	}
+	return b.arrive()
+}
+
+// subJobs is a list of sub-jobs, first in first out, linked through them. Not safe for concurrent use.
+type subJobs struct {
+	head, tail *subJob
+	count      int
+}
+
+// push appends s.
+func (l *subJobs) push(s *subJob) {
+	one := s.alone()
+	l.join(&one)
+}
+
+// pop removes the oldest; nil when the list is empty.
+func (l *subJobs) pop() *subJob {
+	s := l.head
+	if s == nil {
+		return nil
+	}
+	l.head = s.next
+	if l.head == nil {
+		l.tail = nil
+	}
+	s.next = nil
+	l.count--
+	return s
+}
+
+// join moves all of m to the end of l.
+func (l *subJobs) join(m *subJobs) {
+	if m.head == nil {
+		return
+	}
+	if l.tail == nil {
+		l.head = m.head
+	} else {
+		l.tail.next = m.head
+	}
+	l.tail = m.tail
+	l.count += m.count
+	*m = subJobs{}
+}
