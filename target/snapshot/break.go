@@ -1,0 +1,210 @@
+package snapshot
+
+import (
+	"fmt"
+	"sync/atomic"
+	"syscall"
+
+	"cowherd/block"
+	"cowherd/cowstore"
+	"cowherd/internal/invariant"
+	"cowherd/kcopyd"
+)
+
+// preserve starts the copies of all chunks that r, a write to the origin, touches and that have no exception. It
+// returns a chunk that r must wait for, if there is any left. ok is false when no exception is free.
+//
+// An invalid snapshot starts nothing, but what is pending is still waited for: the copy reads what r would overwrite.
+func (s *Snapshot) preserve(r *block.Request) (wait pendingChunk, ok bool) {
+	if r.Offset >= s.size {
+		return wait, true
+	}
+	chunk, end := s.chunksOf(r.Offset, min(r.Length, s.size-r.Offset))
+	for chunk < end {
+		if s.known.has(chunk) {
+			chunk++
+			continue
+		}
+		at := s.table.find(chunk)
+		var v slot
+		if at != nil {
+			v = slot(at.Load())
+		}
+		switch {
+		case v.state() == copied:
+			s.known.add(chunk)
+			chunk++
+		case v.state() != none:
+			wait = pendingChunk{at, v}
+			chunk++
+		case s.invalidCause() != nil:
+			chunk++
+		default:
+			e := s.exceptions.get(r.Queue, chunk)
+			if e == nil {
+				return wait, false
+			}
+			if s.claim(e, end) == 0 || !s.allocate(e) {
+				continue // another request was quicker, or the snapshot is invalid now: look again
+			}
+			chunk += cowstore.Chunk(e.count)
+			if p := s.startCopy(e); p.at != nil {
+				wait = p
+			}
+		}
+	}
+	return wait, true
+}
+
+// claim makes e the pending exception of as many chunks as possible from e.from on, up to end and to runMax bytes. If
+// it gets none e is idle again.
+func (s *Snapshot) claim(e *exception, end cowstore.Chunk) int {
+	most := max(1, int(runMax>>s.chunkShift))
+	v := uint64(pendingSlot(e.index))
+	for e.count < most && e.from+cowstore.Chunk(e.count) < end {
+		at := s.table.insert(e.queue, e.from+cowstore.Chunk(e.count))
+		if at == nil {
+			s.invalidate(fmt.Errorf("the exception table is full: %w", syscall.ENOMEM))
+			break
+		}
+		if !at.CompareAndSwap(uint64(none), v) {
+			break
+		}
+		if e.count == 0 {
+			e.head = at
+		}
+		e.count++
+	}
+	claimed := e.count
+	if claimed == 0 {
+		s.release(e)
+	}
+	return claimed
+}
+
+// allocate finds room for the chunks that e has claimed; those for which there is none in one run are given back. If
+// there is none at all the snapshot becomes invalid, e is idle again and the answer is false.
+func (s *Snapshot) allocate(e *exception) bool {
+	to, count, err := s.store.Allocate(e.queue, e.count)
+	if err != nil {
+		s.invalidate(err)
+		s.abandon(e)
+		return false
+	}
+	s.unclaim(e, count)
+	e.to = to
+	return true
+}
+
+// unclaim gives back the chunks of e behind the first keep. Who waits on e for one of them looks again when e ends.
+func (s *Snapshot) unclaim(e *exception, keep int) {
+	for i := keep; i < e.count; i++ {
+		s.slotAt(e, i).Store(uint64(none))
+	}
+	e.count = keep
+}
+
+// abandon ends e without a result: its chunks have no exception.
+func (s *Snapshot) abandon(e *exception) {
+	s.unclaim(e, 0)
+	s.release(e)
+}
+
+// startCopy copies the chunks of e to the COW device. It returns the first of them to wait for, if the copy has not
+// ended yet.
+func (s *Snapshot) startCopy(e *exception) pendingChunk {
+	p := pendingChunk{e.head, pendingSlot(e.index)}
+	from := s.chunkSize.Offset(e.from)
+	e.job.From = kcopyd.Region{Device: s.origin.device, Offset: from}
+	e.job.To = e.dest[:]
+	e.job.Length = min(int64(e.count)<<s.chunkShift, s.size-from)
+	e.dest[0] = kcopyd.Region{Device: s.cow, Offset: s.chunkSize.Offset(e.to)}
+	e.job.Queue = e.queue
+	s.engine.Submit(&e.job)
+	if p.over() {
+		return pendingChunk{}
+	}
+	return p
+}
+
+// copied is the end of the copy.
+func (e *exception) copied(j *kcopyd.Job) {
+	s := e.snapshot
+	if err := j.Err(); err != nil {
+		s.invalidate(fmt.Errorf("copy chunk %d: %w", e.from, err))
+		s.fail(e)
+		return
+	}
+	if e.overwrite != nil {
+		s.overwritten.At(uint(e.queue)).Add(uint64(e.count))
+	}
+	s.publish(e)
+}
+
+// publish makes the exceptions visible to readers, and finishes e when no read of the origin is in the way.
+func (s *Snapshot) publish(e *exception) {
+	for i := range e.count {
+		to := e.to + cowstore.Chunk(i)
+		s.slotAt(e, i).Store(uint64(drainingSlot(e.index, to)))
+	}
+	if s.reads.none() {
+		s.finish(e)
+		return
+	}
+	e.readers.Store(1)
+	s.reads.block(e)
+	e.readDone()
+}
+
+// slotAt is the slot of e's chunk number i.
+func (s *Snapshot) slotAt(e *exception, i int) *atomic.Uint64 {
+	at := e.head
+	if i > 0 {
+		at = s.table.find(e.from + cowstore.Chunk(i))
+	}
+	if invariant.Enabled {
+		v := slot(at.Load())
+		invariant.Check((v.state() == pending || v.state() == draining) && v.index() == e.index,
+			"chunk %d: slot %#x does not belong to exception %d", e.from+cowstore.Chunk(i), uint64(v), e.index)
+	}
+	return at
+}
+
+// readDone counts down what e waits for before finish: the tracked reads, and publish itself.
+func (e *exception) readDone() {
+	if e.readers.Add(-1) == 0 {
+		e.snapshot.finish(e)
+	}
+}
+
+// finish lets everybody go on who waited for e.
+func (s *Snapshot) finish(e *exception) {
+	for i := range e.count {
+		s.slotAt(e, i).Store(uint64(copiedSlot(e.to + cowstore.Chunk(i))))
+		s.known.add(e.from + cowstore.Chunk(i))
+	}
+	full := e.overwrite
+	s.release(e)
+	if full != nil {
+		full.Complete(nil)
+	}
+}
+
+// fail ends e after an error; the snapshot is invalid by now. Writes to the origin go on, those to the snapshot find
+// that it is invalid.
+func (s *Snapshot) fail(e *exception) {
+	full := e.overwrite
+	s.abandon(e)
+	if full != nil {
+		full.Complete(s.invalidError(full))
+	}
+}
+
+// release makes e idle and wakes who waited on it.
+func (s *Snapshot) release(e *exception) {
+	e.overwrite = nil
+	waiting := e.waiters.Take()
+	s.exceptions.put(e)
+	s.origin.retry.add(waiting)
+	s.exceptions.feedStarved() // they came later
+}

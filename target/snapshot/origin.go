@@ -1,0 +1,119 @@
+package snapshot
+
+import (
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"cowherd/block"
+	"cowherd/internal/percpu"
+)
+
+// Origin is the snapshot-origin target: a device that is written while snapshots of it keep what it held. Without
+// snapshots it passes everything on.
+//
+// Snapshots are added and removed only while no request is in flight in the origin nor, for a removal, in the
+// snapshot: the mapped devices above are suspended. Adding and removing are safe for concurrent use otherwise.
+type Origin struct {
+	device    block.Device
+	snapshots atomic.Pointer[[]*Snapshot]
+	retry     retry
+
+	mu sync.Mutex // serialises changes of snapshots
+}
+
+// NewOrigin makes device an origin. The device stays the caller's, to close when nothing uses it any more.
+func NewOrigin(device block.Device) *Origin {
+	o := &Origin{device: device, retry: retry{shards: percpu.New[retryShard]()}}
+	o.snapshots.Store(new([]*Snapshot))
+	return o
+}
+
+// Size is the device's, in bytes.
+func (o *Origin) Size() int64 { return o.device.Size() }
+
+// writeZeroesMax bounds one write of zeroes, in bytes, so that one request never asks for an unbounded number of
+// copies before it may start.
+const writeZeroesMax = 32 << 20
+
+// Limits are the device's, with a bound on writes of zeroes.
+func (o *Origin) Limits() block.Limits {
+	l := o.device.Limits()
+	l.WriteZeroesMax = min(l.WriteZeroesMax, writeZeroesMax)
+	return l
+}
+
+// Extents are the device's; everything is data when it does not know.
+func (o *Origin) Extents(offset, length int64, yield func(block.Extent) bool) error {
+	return extentsOf(o.device, offset, length, yield)
+}
+
+// Snapshots are the origin's snapshots, the largest chunks first. The slice must not be changed.
+func (o *Origin) Snapshots() []*Snapshot { return *o.snapshots.Load() }
+
+// Add makes s a snapshot of the origin as it is now. The origin must be suspended: no write may be in flight.
+func (o *Origin) Add(s *Snapshot) error {
+	if s.origin != o {
+		return fmt.Errorf("snapshot %q belongs to another origin", s.name)
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	list := append(slices.Clone(o.Snapshots()), s)
+	slices.SortStableFunc(list, func(a, b *Snapshot) int { return int(b.chunkSize - a.chunkSize) })
+	o.snapshots.Store(&list)
+	return nil
+}
+
+// Remove takes s out. Both the origin and the snapshot must be suspended.
+func (o *Origin) Remove(s *Snapshot) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	list := slices.DeleteFunc(slices.Clone(o.Snapshots()), func(x *Snapshot) bool { return x == s })
+	o.snapshots.Store(&list)
+}
+
+// Map remaps r to the device below, or takes it (nil) when chunks must be copied first.
+//
+// A discard is dropped while there are snapshots, as the kernel's origin never passes one on: to copy everything that
+// is trimmed would fill the COW devices with what nobody needs.
+func (o *Origin) Map(r *block.Request) block.Device {
+	snapshots := o.Snapshots()
+	if len(snapshots) == 0 || !r.Op.Writes() {
+		return o.device
+	}
+	if r.Op == block.OpDiscard {
+		r.Complete(nil)
+		return nil
+	}
+	return o.mapWrite(r, snapshots)
+}
+
+// mapWrite makes every snapshot keep what r is about to overwrite. All copies are started before the first is waited
+// for. nil: r waits and will be mapped anew.
+func (o *Origin) mapWrite(r *block.Request, snapshots []*Snapshot) block.Device {
+	var wait pendingChunk
+	var on *Snapshot
+	for _, s := range snapshots {
+		p, ok := s.preserve(r)
+		if !ok {
+			s.exceptions.wait(r, o)
+			return nil
+		}
+		if p.at != nil {
+			wait, on = p, s
+		}
+	}
+	if on == nil {
+		return o.device
+	}
+	on.await(wait, r, o)
+	return nil
+}
+
+// Wake maps a write anew that waited.
+func (o *Origin) Wake(r *block.Request) {
+	if d := o.mapWrite(r, o.Snapshots()); d != nil {
+		d.Submit(r)
+	}
+}

@@ -1,0 +1,243 @@
+package snapshot
+
+import (
+	"fmt"
+	"sync/atomic"
+	"syscall"
+
+	"cowherd/block"
+	"cowherd/cowstore"
+	"cowherd/internal/percpu"
+	"cowherd/kcopyd"
+)
+
+// pendingMax is the default limit of exceptions in flight for one snapshot (the kernel's snapshot_cow_threshold).
+const pendingMax = 2048
+
+// runMax is the most bytes that one exception copies, if a chunk is not larger: enough to make large writes cheap,
+// little enough to keep buffers small.
+const runMax = kcopyd.SubJobSize
+
+// Store is what a snapshot needs of an exception store.
+type Store interface {
+	// Allocate reserves a run of at least one and at most want consecutive chunks of the COW device. ENOSPC: no room.
+	Allocate(queue block.Queue, want int) (first cowstore.Chunk, count int, err error)
+	// Usage is in sectors, as in the kernel's status line.
+	Usage() (allocated, total, metadata block.Sector)
+}
+
+// Config is what a snapshot is made of.
+type Config struct {
+	Name      string // in messages
+	Origin    *Origin
+	COW       block.Device // the COW device; it stays the caller's, to close when the snapshot is gone
+	Store     Store        // allocates chunks of COW
+	ChunkSize cowstore.ChunkSize
+	Engine    kcopyd.Engine // copies; may be shared
+	ReadOnly  bool          // writes to the snapshot fail with EROFS
+	// DiscardZeroesCOW and DiscardPassdownOrigin are the kernel's features of these names. The second needs the first.
+	DiscardZeroesCOW, DiscardPassdownOrigin bool
+	// PendingMax is the limit of exceptions in flight, at most 16383; 0: 2048.
+	PendingMax int
+	// Invalidated is called once, with no lock held, when the snapshot becomes invalid. It must not block. May be nil.
+	Invalidated func(cause error)
+}
+
+// Snapshot is the snapshot target: the origin as it was when the snapshot was added to it, and what was written to
+// the snapshot since. All methods are safe for concurrent use. See the package comment for how it works.
+type Snapshot struct {
+	name        string
+	origin      *Origin
+	size        int64
+	cow         block.Device
+	store       Store
+	chunkSize   cowstore.ChunkSize
+	chunkShift  uint
+	engine      kcopyd.Engine
+	readOnly    bool
+	discards    bool // DiscardZeroesCOW
+	passdown    bool // DiscardPassdownOrigin
+	invalidated func(error)
+
+	cause       atomic.Pointer[error] // why the snapshot is invalid; nil: it is valid
+	table       *table
+	known       knownCopied
+	exceptions  *exceptionPool
+	reads       trackedReads
+	overwritten percpu.Shards[atomic.Uint64] // chunks filled by writes to the snapshot, without a copy
+}
+
+// New makes a snapshot that is not yet added to its origin.
+func New(c Config) (*Snapshot, error) {
+	limits := c.Origin.Limits()
+	if err := cowstore.CheckChunkSize(int64(c.ChunkSize), limits.LogicalBlock, c.COW.Limits().LogicalBlock); err != nil {
+		return nil, fmt.Errorf("snapshot %q: %w", c.Name, err)
+	}
+	if b := int64(c.COW.Limits().LogicalBlock); c.Origin.Size()%b != 0 {
+		return nil, fmt.Errorf("snapshot %q: the origin's size %d is not a multiple of the COW device's logical block "+
+			"size %d: %w", c.Name, c.Origin.Size(), b, syscall.EINVAL)
+	}
+	if c.DiscardPassdownOrigin && !c.DiscardZeroesCOW {
+		return nil, fmt.Errorf("snapshot %q: discard_passdown_origin needs discard_zeroes_cow", c.Name)
+	}
+	if c.COW.Limits().ReadOnly {
+		return nil, fmt.Errorf("snapshot %q: the COW device is read-only: %w", c.Name, syscall.EROFS)
+	}
+	if c.PendingMax == 0 {
+		c.PendingMax = pendingMax
+	}
+	s := &Snapshot{
+		name:        c.Name,
+		origin:      c.Origin,
+		size:        c.Origin.Size(),
+		cow:         c.COW,
+		store:       c.Store,
+		chunkSize:   c.ChunkSize,
+		chunkShift:  c.ChunkSize.Shift(),
+		engine:      c.Engine,
+		readOnly:    c.ReadOnly,
+		discards:    c.DiscardZeroesCOW,
+		passdown:    c.DiscardPassdownOrigin,
+		invalidated: c.Invalidated,
+		table:       newTable(),
+		known:       newKnownCopied(c.ChunkSize.ChunkCeil(c.Origin.Size())),
+		reads:       trackedReads{shards: percpu.New[trackShard]()},
+		overwritten: percpu.New[atomic.Uint64](),
+	}
+	s.exceptions = newExceptionPool(s, min(c.PendingMax, slotIndexMax))
+	return s, nil
+}
+
+// Size is the origin's when the snapshot was made, in bytes.
+func (s *Snapshot) Size() int64 { return s.size }
+
+// Limits are those of the origin and the COW device together. Discard is there only with DiscardZeroesCOW.
+func (s *Snapshot) Limits() block.Limits {
+	l := s.origin.Limits().Stack(s.cow.Limits())
+	l.ReadOnly = s.readOnly
+	l.NeedsFlush = s.cow.Limits().NeedsFlush
+	l.WriteZeroesMax = min(s.cow.Limits().WriteZeroesMax, writeZeroesMax)
+	l.DiscardMax, l.DiscardGranularity = 0, int64(s.chunkSize)
+	if s.discards {
+		l.DiscardMax = writeZeroesMax
+		// A piece of a discard reaches the COW device as one or the other.
+		for _, most := range []int64{s.cow.Limits().WriteZeroesMax, s.cow.Limits().DiscardMax} {
+			if most > 0 {
+				l.DiscardMax = min(l.DiscardMax, most)
+			}
+		}
+	}
+	if below := s.origin.device.Limits().DiscardMax; s.passdown && below > 0 {
+		l.DiscardMax = min(l.DiscardMax, below)
+	}
+	return l
+}
+
+// Map remaps r to the origin or the COW device, or takes it (nil).
+func (s *Snapshot) Map(r *block.Request) block.Device {
+	if s.invalidCause() != nil {
+		r.Complete(s.invalidError(r))
+		return nil
+	}
+	switch {
+	case r.Op == block.OpFlush:
+		return s.cow
+	case r.Op == block.OpRead:
+		return s.mapRead(r)
+	case r.Op == block.OpDiscard:
+		s.discard(r)
+	case r.Op == block.OpWriteZeroes && r.Flags&block.Fast != 0:
+		// It may need a copy first; and were it refused by the COW device, in place of a copy, that would cost the
+		// snapshot.
+		r.Complete(block.NewError(r, syscall.ENOTSUP, "a snapshot has no fast way to write zeroes"))
+	default:
+		s.write(r)
+	}
+	return nil
+}
+
+func (s *Snapshot) chunkOf(offset int64) cowstore.Chunk {
+	return cowstore.Chunk(offset >> s.chunkShift)
+}
+
+// chunksOf is the half-open range of chunks that the bytes [offset, offset+length) touch.
+func (s *Snapshot) chunksOf(offset, length int64) (start, end cowstore.Chunk) {
+	if length == 0 {
+		return s.chunkOf(offset), s.chunkOf(offset)
+	}
+	return s.chunkOf(offset), s.chunkOf(offset+length-1) + 1
+}
+
+// lookup is the slot of chunk.
+func (s *Snapshot) lookup(chunk cowstore.Chunk) slot {
+	if at := s.table.find(chunk); at != nil {
+		return slot(at.Load())
+	}
+	return 0
+}
+
+// moveTo is the offset on the COW device of the byte at offset of the snapshot, whose chunk lies at chunk to.
+func (s *Snapshot) moveTo(offset int64, to cowstore.Chunk) int64 {
+	return s.chunkSize.Offset(to) + offset&(int64(s.chunkSize)-1)
+}
+
+// invalidate makes the snapshot invalid for good; the first cause is kept.
+func (s *Snapshot) invalidate(cause error) {
+	if s.cause.CompareAndSwap(nil, &cause) && s.invalidated != nil {
+		s.invalidated(cause)
+	}
+}
+
+// invalidCause is nil while the snapshot is valid.
+func (s *Snapshot) invalidCause() error {
+	if p := s.cause.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+// invalidError is what a request to an invalid snapshot fails with.
+func (s *Snapshot) invalidError(r *block.Request) error {
+	return &block.Error{
+		Op: r.Op, Offset: r.Offset, Length: r.Length, Errno: syscall.EIO,
+		Err: fmt.Errorf("snapshot %q is invalid: %w", s.name, s.invalidCause()),
+	}
+}
+
+// Status is the state of a snapshot.
+type Status struct {
+	Invalid     error // the cause; nil: valid
+	ChunkSize   cowstore.ChunkSize
+	Allocated   block.Sector // on the COW device
+	Total       block.Sector
+	Metadata    block.Sector
+	Copied      uint64 // chunks copied from the origin
+	Overwritten uint64 // chunks filled by writes to the snapshot without a copy
+	TableBytes  int64  // memory of the exception table
+	Pending     int    // exceptions in flight
+}
+
+// Status is a look at the counters; while I/O runs they need not agree with each other.
+func (s *Snapshot) Status() Status {
+	st := Status{
+		Invalid:    s.invalidCause(),
+		ChunkSize:  s.chunkSize,
+		TableBytes: s.table.bytes() + s.known.bytes(),
+		Pending:    s.exceptions.inUse(),
+	}
+	st.Allocated, st.Total, st.Metadata = s.store.Usage()
+	for i := range s.overwritten.Len() {
+		st.Overwritten += s.overwritten.Index(i).Load()
+	}
+	held := uint64(s.chunkSize.ChunkFloor((st.Allocated - st.Metadata).Bytes()))
+	st.Copied = held - min(held, st.Overwritten+uint64(st.Pending))
+	return st
+}
+
+// String is the kernel's status line: "Invalid", or "allocated/total metadata" in sectors.
+func (st Status) String() string {
+	if st.Invalid != nil {
+		return "Invalid"
+	}
+	return fmt.Sprintf("%d/%d %d", st.Allocated, st.Total, st.Metadata)
+}
