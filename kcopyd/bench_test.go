@@ -69,9 +69,9 @@ func (w *window) drain(depth int) {
 	}
 }
 
-func benchmarkCopy(b *testing.B, length int64, depth int, device func() block.Device) {
+func benchmarkCopy(b *testing.B, length int64, depth int, kind string, device func() block.Device) {
 	for _, engine := range engines {
-		b.Run(fmt.Sprintf("%s/depth=%d", engine.name, depth), func(b *testing.B) {
+		b.Run(fmt.Sprintf("%s/%s/depth=%d", engine.name, kind, depth), func(b *testing.B) {
 			e := engine.make(Config{})
 			var mu sync.Mutex
 			queue := 0
@@ -112,14 +112,14 @@ func memory() block.Device {
 
 func BenchmarkCopy4K(b *testing.B) {
 	for _, depth := range []int{1, 32} {
-		b.Run("noop", func(b *testing.B) { benchmarkCopy(b, 4096, depth, noop) })
-		b.Run("memory", func(b *testing.B) { benchmarkCopy(b, 4096, depth, memory) })
+		benchmarkCopy(b, 4096, depth, "noop", noop)
+		benchmarkCopy(b, 4096, depth, "memory", memory)
 	}
 }
 
 func BenchmarkCopy1M(b *testing.B) {
-	b.Run("noop", func(b *testing.B) { benchmarkCopy(b, 1<<20, 1, noop) })
-	b.Run("memory", func(b *testing.B) { benchmarkCopy(b, 1<<20, 1, memory) })
+	benchmarkCopy(b, 1<<20, 1, "noop", noop)
+	benchmarkCopy(b, 1<<20, 1, "memory", memory)
 }
 
 // BenchmarkWindow is the share of the window in the figures above.

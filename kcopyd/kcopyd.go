@@ -62,7 +62,7 @@
 //
 // # Lock order
 //
-// No lock is held while a device or a callback runs, so that both may call the engine.
+// No lock is held while a device or a callback runs, so that a callback may call the engine.
 //
 //	pool.mu
 //	    shard.mu
