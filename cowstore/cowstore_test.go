@@ -206,6 +206,7 @@ func TestTransientConcurrent(t *testing.T) {
 
 // TestTransientSteal: what one queue has taken can be used by every other.
 func TestTransientSteal(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(4)) // for as many shards
 	const total = 64
 	s := NewTransient(total*ChunkSizeMin, 0, ChunkSizeMin)
 	if _, count, err := s.Allocate(0, 1); err != nil || count != 1 {
@@ -223,19 +224,47 @@ func TestTransientSteal(t *testing.T) {
 	}
 }
 
-// TestTransientRuns: consecutive requests of one queue get consecutive chunks, and large ones get them at once.
+// TestTransientStripes: a queue takes consecutive chunks from stripes of its own, and others only when it has none left.
+func TestTransientStripes(t *testing.T) {
+	for _, chunkSize := range []ChunkSize{ChunkSizeMin, 64 << 10, 512 << 10, 1 << 20, ChunkSizeMax} {
+		stripe := StripeBytes(chunkSize) / int64(chunkSize)
+		shards := int64(Shards())
+		const own = 3 // stripes of each queue
+		s := NewTransient(own*shards*StripeBytes(chunkSize), 0, chunkSize)
+		for queue := range shards {
+			for n := range own * stripe {
+				first, count, err := s.Allocate(block.Queue(queue+shards*n), 1)
+				want := Chunk((n/stripe*shards+queue)*stripe + n%stripe)
+				if err != nil || count != 1 || first != want {
+					t.Fatalf("chunks of %d, queue %d: got %d at %d (%v), want one at %d", chunkSize, queue, count, first, err, want)
+				}
+			}
+		}
+		if _, _, err := s.Allocate(0, 1); !errors.Is(err, syscall.ENOSPC) {
+			t.Errorf("chunks of %d: full: %v", chunkSize, err)
+		}
+	}
+	tests := []struct {
+		chunkSize ChunkSize
+		want      int64
+	}{{4 << 10, 512 << 10}, {512 << 10, 512 << 10}, {1 << 20, 1 << 20}, {1 << 30, 1 << 30}}
+	for _, test := range tests {
+		if got := StripeBytes(test.chunkSize); got != test.want {
+			t.Errorf("chunks of %d: stripes of %d", test.chunkSize, got)
+		}
+	}
+}
+
+// TestTransientRuns: a request for many chunks gets what is left of a stripe.
 func TestTransientRuns(t *testing.T) {
 	s := NewTransient(1<<30, 0, 64<<10)
 	next := Chunk(0)
-	for _, want := range []int{1, 3, 100, 16, 1} {
-		first, count, err := s.Allocate(7, want)
-		if err != nil || first != next {
-			t.Fatalf("%d chunks: got %d at %d, want them at %d (%v)", want, count, first, next, err)
+	for i, want := range []int{1, 3, 100, 100} {
+		first, count, err := s.Allocate(0, want)
+		if expect := []int{1, 3, 4, 8}[i]; err != nil || count != expect || i < 3 && first != next {
+			t.Fatalf("%d chunks: got %d at %d (%v), want %d at %d", want, count, first, err, expect, next)
 		}
 		next += Chunk(count)
-	}
-	if _, count, _ := s.Allocate(8, 100); count != 100 {
-		t.Errorf("an empty batch gave %d chunks of 100", count)
 	}
 }
 

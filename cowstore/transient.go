@@ -10,36 +10,51 @@ import (
 	"cowherd/internal/percpu"
 )
 
-// batchSize is the most bytes that a queue takes from the store at a time, so that the lock over the whole store is
-// taken once for many chunks; a queue takes at least one chunk.
-const batchSize = 256 << 10
+// stripeBytes is what a queue takes from the store at a time.
+const stripeBytes = 512 << 10
+
+// StripeBytes is the size in bytes of the stripes in which queues take space, for chunks of the given size: half a
+// megabyte, and at least a chunk. Stripe number n belongs to the queue shard n modulo Shards, so that a COW device that
+// is itself spread over several files by such stripes gives each queue files of its own.
+func StripeBytes(chunkSize ChunkSize) int64 { return max(stripeBytes, int64(chunkSize)) }
+
+// Shards is the number of queue shards of a store, a power of two.
+func Shards() int { return percpu.Count() }
 
 // Transient allocates the chunks of a COW device for one transient snapshot. All chunks of the device are data: there
 // is no header and no table (dm-snap-transient.c). Safe for concurrent use.
 //
+// The device is divided in stripes. A queue allocates from a stripe of its own, without a lock; when that is used up it
+// takes the next of those that are its own, and when there is none left, what others have.
+//
 // Invariants:
 //
-//  1. Every chunk below next is allocated or lies in exactly one queue's batch.
+//  1. Every chunk of a stripe that was taken is allocated or lies in exactly one queue's batch.
 //  2. No chunk is handed out twice, and none that does not lie wholly on the device and within the limit.
-//  3. Space is refused only when no queue's batch holds a chunk: what one queue has taken is never lost to the others.
+//  3. Space is refused only when there is none: what one queue has taken is never lost to the others.
 type Transient struct {
 	chunkSize ChunkSize
+	stripe    Chunk // chunks of a stripe
 	// Chunks that may be used: what fits the device and the limit.
-	total   Chunk // +checklocksignore: set once.
+	total   Chunk // +checklocksignore: set once
 	sectors block.Sector
 
 	batches percpu.Shards[batch]
 
 	mu sync.Mutex
-	// First chunk never given to a batch.
-	next Chunk // +checklocks:mu
+	// Chunks of all stripes that were taken.
+	given Chunk // +checklocks:mu
 }
 
 // batch is the run of chunks that one queue allocates from, in one word, so that it is taken from without a lock:
 //
 //	63              16 15        0
 //	| first chunk     | count     |
-type batch struct{ word atomic.Uint64 }
+type batch struct {
+	word atomic.Uint64
+	// Stripes of the shard that were taken; guarded by Transient.mu.
+	stripes Chunk
+}
 
 // batchCountBits bounds a batch to 65535 chunks, and the store to 2^48.
 const (
@@ -73,6 +88,7 @@ func NewTransient(size, limit int64, chunkSize ChunkSize) *Transient {
 	}
 	return &Transient{
 		chunkSize: chunkSize,
+		stripe:    min(chunkSize.ChunkFloor(StripeBytes(chunkSize)), batchCountMax),
 		total:     min(chunkSize.ChunkFloor(usable), chunksMax),
 		sectors:   block.SectorFloor(usable),
 		batches:   percpu.New[batch](),
@@ -88,8 +104,16 @@ func (t *Transient) Allocate(queue block.Queue, want int) (first Chunk, count in
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if first, count = t.refillLocked(b, want); count > 0 {
-		return first, count, nil
+	if first, count = b.take(want); count > 0 {
+		return first, count, nil // another goroutine of the queue has found a stripe meanwhile
+	}
+	own := int(queue) & (t.batches.Len() - 1)
+	for i := range t.batches.Len() {
+		if start, length := t.takeStripeLocked((own + i) % t.batches.Len()); length > 0 {
+			count = min(want, int(length))
+			b.word.Store(packBatch(start+Chunk(count), int(length)-count)) // it is empty, and filled with the lock held
+			return start, count, nil
+		}
 	}
 	for i := range t.batches.Len() {
 		if first, count = t.batches.Index(i).take(1); count > 0 {
@@ -99,24 +123,24 @@ func (t *Transient) Allocate(queue block.Queue, want int) (first Chunk, count in
 	return 0, 0, fmt.Errorf("no room: all %d chunks of %d bytes are in use: %w", t.total, t.chunkSize, syscall.ENOSPC)
 }
 
-// refillLocked takes up to want chunks for the caller, and more for the batch b if it is still empty.
+// takeStripeLocked takes the next stripe of a shard; length 0: it has none left.
 // +checklocks:t.mu
-func (t *Transient) refillLocked(b *batch, want int) (first Chunk, count int) {
-	if first, count = b.take(want); count > 0 {
-		return first, count // another goroutine of the queue was here first
+func (t *Transient) takeStripeLocked(shard int) (start, length Chunk) {
+	b := t.batches.Index(shard)
+	start = (b.stripes*Chunk(t.batches.Len()) + Chunk(shard)) * t.stripe
+	if start >= t.total {
+		return 0, 0
 	}
-	left := t.total - t.next
-	first, count = t.next, int(min(Chunk(want), left))
-	extra := int(min(Chunk(batchSize/int64(t.chunkSize)), left-Chunk(count), batchCountMax))
-	t.next += Chunk(count + extra)
-	b.word.Store(packBatch(first+Chunk(count), extra)) // empty, and only filled with the lock held
-	return first, count
+	b.stripes++
+	length = min(t.stripe, t.total-start)
+	t.given += length
+	return start, length
 }
 
 // Usage counts sectors as the kernel's status line does: allocated (chunks that hold an exception), total, metadata.
 func (t *Transient) Usage() (allocated, total, metadata block.Sector) {
 	t.mu.Lock()
-	used := t.next
+	used := t.given
 	for i := range t.batches.Len() {
 		used -= Chunk(t.batches.Index(i).word.Load() & batchCountMax)
 	}

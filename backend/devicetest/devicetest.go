@@ -112,6 +112,7 @@ type worker struct {
 	data  []byte        // what the range must read as
 
 	requests [batchMax]block.Request
+	starts   [batchMax]int64 // where each began in the range: the device may change the request's offset
 	done     chan result
 }
 
@@ -166,12 +167,17 @@ func (w *worker) batch() {
 		r := &w.requests[i]
 		r.Reset()
 		w.fill(r, cuts[2*i], cuts[2*i+1])
+		w.starts[i] = r.Offset - w.base
 		r.Push(w)
 		w.d.Submit(r)
 	}
 	for range count {
 		got := <-w.done
-		w.apply(got.r, got.err)
+		for i := range w.requests {
+			if got.r == &w.requests[i] {
+				w.apply(got.r, w.starts[i], got.err)
+			}
+		}
 	}
 }
 
@@ -202,8 +208,8 @@ func (w *worker) fill(r *block.Request, start, end int64) {
 	}
 }
 
-// apply does to the model what r has done to the device.
-func (w *worker) apply(r *block.Request, err error) {
+// apply does to the model what r, which began at start, has done to the device.
+func (w *worker) apply(r *block.Request, start int64, err error) {
 	if r.Op == block.OpWriteZeroes && r.Flags&block.Fast != 0 && errors.Is(err, syscall.ENOTSUP) {
 		return // allowed, and nothing was changed
 	}
@@ -211,7 +217,6 @@ func (w *worker) apply(r *block.Request, err error) {
 		w.t.Error(err)
 		return
 	}
-	start := r.Offset - w.base
 	switch r.Op {
 	case block.OpRead:
 		w.compare(r.Data, start)

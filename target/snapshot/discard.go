@@ -12,12 +12,12 @@ import (
 //	a chunk on the origin               stays as it is
 //	with discard_passdown_origin        the origin's device is told as well, and no snapshot copies for it
 func (s *Snapshot) discard(r *block.Request) {
-	f := newFan(r)
+	f := block.NewFan(r)
 	if s.passdown && s.origin.device.Limits().DiscardMax > 0 {
-		p := f.part(r.Offset, r.Length)
+		p := f.Part(r.Offset, r.Length)
 		start, end := s.chunksOf(r.Offset, r.Length)
-		p.r.Push(s.reads.begin(s, r.Queue, start, end))
-		s.origin.device.Submit(&p.r)
+		p.Push(s.reads.begin(s, r.Queue, start, end))
+		s.origin.device.Submit(p)
 	}
 	for offset, last := r.Offset, r.End(); offset < last; {
 		chunk := s.chunkOf(offset)
@@ -27,21 +27,21 @@ func (s *Snapshot) discard(r *block.Request) {
 		}
 		offset = end
 	}
-	f.done(nil)
+	f.Done(nil)
 }
 
 // discardCOW discards the bytes [offset, end), which lie in one chunk that is on the COW device.
-func (s *Snapshot) discardCOW(f *fan, offset, end int64, v slot) {
+func (s *Snapshot) discardCOW(f *block.Fan, offset, end int64, v slot) {
 	limits := s.cow.Limits()
 	whole := s.covers(s.chunkOf(offset), offset, end)
 	if whole && limits.WriteZeroesMax == 0 || !whole && limits.DiscardMax == 0 {
 		return // the device has neither: a discard is only a hint
 	}
-	p := f.part(offset, end-offset)
-	p.r.Op = block.OpDiscard
+	p := f.Part(offset, end-offset)
+	p.Op = block.OpDiscard
 	if whole {
-		p.r.Op = block.OpWriteZeroes
+		p.Op = block.OpWriteZeroes
 	}
-	p.r.Offset = s.moveTo(offset, v.chunk())
-	s.cow.Submit(&p.r)
+	p.Offset = s.moveTo(offset, v.chunk())
+	s.cow.Submit(p)
 }

@@ -35,20 +35,20 @@ func (s *Snapshot) mapRead(r *block.Request) block.Device {
 func (s *Snapshot) readSplit(r *block.Request) {
 	start, end := s.chunksOf(r.Offset, r.Length)
 	r.Push(s.reads.begin(s, r.Queue, start, end))
-	f := newFan(r)
+	f := block.NewFan(r)
 	offset, last := r.Offset, r.End()
 	for offset < last {
 		run := s.runAt(offset, last)
-		p := f.part(offset, run.end-offset)
+		p := f.Part(offset, run.end-offset)
 		if run.readable {
-			p.r.Offset = s.moveTo(offset, run.to)
-			s.cow.Submit(&p.r)
+			p.Offset = s.moveTo(offset, run.to)
+			s.cow.Submit(p)
 		} else {
-			s.origin.device.Submit(&p.r)
+			s.origin.device.Submit(p)
 		}
 		offset = run.end
 	}
-	f.done(nil)
+	f.Done(nil)
 }
 
 // run is a range of the snapshot that lies in one piece on one device.

@@ -3,6 +3,7 @@ package snapshot
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"flag"
 	"fmt"
@@ -63,11 +64,17 @@ const (
 type ram struct {
 	data   []byte
 	limits block.Limits
-	lock   sync.Locker // nil: none
+	lock   sync.Locker
 }
 
+// unlocked is the lock of a ram that has none.
+type unlocked struct{}
+
+func (unlocked) Lock()   {}
+func (unlocked) Unlock() {}
+
 func newRAM(size int64) *ram {
-	return &ram{data: make([]byte, size), limits: block.Limits{
+	return &ram{data: make([]byte, size), lock: unlocked{}, limits: block.Limits{
 		LogicalBlock: 1, PreferredIO: 4096, DiscardMax: math.MaxInt64, DiscardGranularity: 1,
 		WriteZeroesMax: math.MaxInt64, NeedsFlush: true,
 	}}
@@ -80,13 +87,9 @@ func (d *ram) Submit(r *block.Request) {
 	if err := block.CheckRange(r, d.Size(), d.limits); err != nil {
 		panic("a request that does not fit the device: " + err.Error())
 	}
-	if d.lock != nil {
-		d.lock.Lock()
-	}
+	d.lock.Lock()
 	d.access(r)
-	if d.lock != nil {
-		d.lock.Unlock()
-	}
+	d.lock.Unlock()
 	r.Complete(nil)
 }
 
@@ -108,8 +111,12 @@ func (d *ram) access(r *block.Request) {
 }
 
 func fill(p []byte, b byte) {
-	for i := range p {
-		p[i] = b
+	if len(p) == 0 {
+		return
+	}
+	p[0] = b
+	for n := 1; n < len(p); n *= 2 {
+		copy(p[n:], p[:n])
 	}
 }
 
@@ -128,13 +135,9 @@ func newSparseRAM(size int64) *sparseRAM {
 }
 
 func (d *sparseRAM) Submit(r *block.Request) {
-	if d.lock != nil {
-		d.lock.Lock()
-	}
+	d.lock.Lock()
 	d.mark(r)
-	if d.lock != nil {
-		d.lock.Unlock()
-	}
+	d.lock.Unlock()
 	d.ram.Submit(r)
 }
 
@@ -155,10 +158,8 @@ func (d *sparseRAM) mark(r *block.Request) {
 }
 
 func (d *sparseRAM) Extents(offset, length int64, yield func(block.Extent) bool) error {
-	if d.lock != nil {
-		d.lock.Lock()
-		defer d.lock.Unlock()
-	}
+	d.lock.Lock()
+	defer d.lock.Unlock()
 	for end := offset + length; offset < end; {
 		hole, next := d.hole[offset/unit], offset
 		for next < end && d.hole[next/unit] == hole {
@@ -276,12 +277,12 @@ func eventually(t fataler, what string, cond func() bool) {
 
 // pattern is n bytes that are different for each stamp, and different everywhere.
 func pattern(stamp uint64, n int64) []byte {
-	p := make([]byte, n)
+	p := make([]byte, n+8)
 	random := rand.NewPCG(stamp, 0)
-	for i := range p {
-		p[i] = byte(random.Uint64())
+	for i := int64(0); i < n; i += 8 {
+		binary.LittleEndian.PutUint64(p[i:], random.Uint64())
 	}
-	return p
+	return p[:n:n]
 }
 
 // engineNames are the copy engines that every test runs over.

@@ -80,14 +80,14 @@ func (s *Snapshot) covers(chunk cowstore.Chunk, offset, last int64) bool {
 
 // writeSplit writes each uniform piece of r by itself.
 func (s *Snapshot) writeSplit(r *block.Request) {
-	f := newFan(r)
+	f := block.NewFan(r)
 	for offset, last := r.Offset, r.End(); offset < last; {
 		end, _ := s.uniform(offset, last)
-		p := f.part(offset, end-offset)
-		s.write(&p.r)
+		p := f.Part(offset, end-offset)
+		s.write(p)
 		offset = end
 	}
-	f.done(nil)
+	f.Done(nil)
 }
 
 // writeNew handles a piece whose chunks had no exception. false: r is still the caller's, to look again.
@@ -115,12 +115,12 @@ func (s *Snapshot) writeNew(r *block.Request) bool {
 
 // overwriteHead writes the chunks of r that e got, and the rest by itself.
 func (s *Snapshot) overwriteHead(e *exception, r *block.Request) {
-	f := newFan(r)
+	f := block.NewFan(r)
 	middle := s.chunkSize.Offset(e.from + cowstore.Chunk(e.count))
-	head, rest := f.part(r.Offset, middle-r.Offset), f.part(middle, r.End()-middle)
-	s.startOverwrite(e, &head.r)
-	s.write(&rest.r)
-	f.done(nil)
+	head, rest := f.Part(r.Offset, middle-r.Offset), f.Part(middle, r.End()-middle)
+	s.startOverwrite(e, head)
+	s.write(rest)
+	f.Done(nil)
 }
 
 // startOverwrite writes r, which covers the chunks of e, to the COW device in place of their copies.

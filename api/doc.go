@@ -1,0 +1,178 @@
+// Package api is the control API of the daemon: what goes over the wire, and a client. The protocol is JSON over HTTP
+// on a unix socket; docs/api.md describes it for programs that are not written in Go.
+//
+// Sizes are whole numbers of bytes and names of such fields end in _bytes; durations are whole microseconds and end in
+// _us; times are RFC 3339 in UTC. A server refuses fields that it does not know; a client ignores them, so that a newer
+// server may add to its answers.
+package api
+
+import "time"
+
+// Prefix is what every path of this version of the protocol starts with.
+const Prefix = "/v1"
+
+// BodyMax is the size in bytes of the largest request that a server reads.
+const BodyMax = 64 << 10
+
+// Kinds of a Device.
+const (
+	KindOrigin   = "origin"   // was attached; may have snapshots
+	KindSnapshot = "snapshot" // was taken of an origin
+)
+
+// States of a Device.
+const (
+	StateLive    = "live"    // an origin that serves requests
+	StateValid   = "valid"   // a snapshot that shows the frozen view
+	StateInvalid = "invalid" // a snapshot that has lost it; see Snapshot.Invalid
+)
+
+// AttachRequest asks for a device under a name.
+type AttachRequest struct {
+	Name string `json:"name"`
+	// Device is the absolute path of an image file or a block device, mem:SIZE, or null:SIZE[,OPTION...].
+	Device   string `json:"device"`
+	ReadOnly bool   `json:"read_only,omitempty"`
+	Direct   bool   `json:"direct,omitempty"` // past the page cache
+}
+
+// SnapshotRequest asks for a snapshot.
+type SnapshotRequest struct {
+	Name string `json:"name"` // ORIGIN@SNAPSHOT
+	// ChunkBytes is the unit of copying, a power of two from 4 KiB to 1 GiB; 0: 4 KiB.
+	ChunkBytes int64 `json:"chunk_bytes,omitempty"`
+	// Store is where copied chunks go: "" or "temp" (an unlinked file in the state directory), "mem", or the absolute
+	// path of a directory (an unlinked file there), of a file or of a block device (whose contents are lost).
+	Store string `json:"store,omitempty"`
+	// MaxCOWBytes is the most that the store may take; 0: as much as the origin can need.
+	MaxCOWBytes           int64 `json:"max_cow_bytes,omitempty"`
+	ReadOnly              bool  `json:"read_only,omitempty"`
+	DiscardZeroesCOW      bool  `json:"discard_zeroes_cow,omitempty"`
+	DiscardPassdownOrigin bool  `json:"discard_passdown_origin,omitempty"`
+}
+
+// SnapshotTaken is the answer to a SnapshotRequest.
+type SnapshotTaken struct {
+	Device
+	// StallMicroseconds is how long the origin kept new requests waiting.
+	StallMicroseconds int64 `json:"stall_us"`
+}
+
+// DeviceList is all devices, by name.
+type DeviceList struct {
+	Devices []Device `json:"devices"`
+}
+
+// Device is an origin or a snapshot, and its state at the moment of the answer.
+type Device struct {
+	Name              string    `json:"name"`
+	Kind              string    `json:"kind"`
+	State             string    `json:"state"`
+	SizeBytes         int64     `json:"size_bytes"`
+	LogicalBlockBytes int       `json:"logical_block_bytes"`
+	ReadOnly          bool      `json:"read_only"`
+	Since             time.Time `json:"since"` // attached, or taken
+	// Device is what was attached; empty for a snapshot.
+	Device string `json:"device,omitempty"`
+	Direct bool   `json:"direct,omitempty"`
+	// Snapshots are the names of an origin's snapshots.
+	Snapshots []string `json:"snapshots,omitempty"`
+	// Snapshot is nil for an origin.
+	Snapshot *Snapshot `json:"snapshot,omitempty"`
+	Users    []User    `json:"users"`
+	// URIs are where the device is exported, one for each listening address.
+	URIs []string `json:"uris,omitempty"`
+}
+
+// Snapshot is what a snapshot has beside other devices.
+type Snapshot struct {
+	Origin     string `json:"origin"`
+	Store      string `json:"store"`
+	ChunkBytes int64  `json:"chunk_bytes"`
+	// AllocatedBytes of TotalBytes are taken in the store.
+	AllocatedBytes int64 `json:"allocated_bytes"`
+	TotalBytes     int64 `json:"total_bytes"`
+	MetadataBytes  int64 `json:"metadata_bytes"`
+	// Invalid is why the snapshot has lost the frozen view; empty while it is valid.
+	Invalid           string `json:"invalid,omitempty"`
+	CopiedChunks      uint64 `json:"copied_chunks"`      // from the origin
+	OverwrittenChunks uint64 `json:"overwritten_chunks"` // filled by writes to the snapshot, without a copy
+	PendingExceptions int    `json:"pending_exceptions"`
+	TableBytes        int64  `json:"table_bytes"` // memory of the exception table
+
+	DiscardZeroesCOW      bool `json:"discard_zeroes_cow,omitempty"`
+	DiscardPassdownOrigin bool `json:"discard_passdown_origin,omitempty"`
+
+	Kcopyd Kcopyd `json:"kcopyd"`
+}
+
+// User is a client's connection to a device.
+type User struct {
+	Client   string    `json:"client"` // where it comes from, in words
+	Since    time.Time `json:"since"`
+	TLS      bool      `json:"tls"`
+	Queue    uint16    `json:"queue"`     // that its requests run on
+	InFlight int64     `json:"in_flight"` // requests
+	// Commands counts what the client has asked for, by the command's name: read, write, flush, trim, write_zeroes,
+	// cache, block_status, disconnect.
+	Commands map[string]Command `json:"commands"`
+}
+
+// Command counts one kind of command.
+type Command struct {
+	Requests uint64 `json:"requests"`
+	Bytes    uint64 `json:"bytes"`
+	Errors   uint64 `json:"errors"`
+}
+
+// Kcopyd are the counters of a snapshot's copy engine.
+type Kcopyd struct {
+	Engine          string `json:"engine"` // scaled or serialised
+	Jobs            uint64 `json:"jobs"`
+	ReadBytes       uint64 `json:"read_bytes"`
+	WrittenBytes    uint64 `json:"written_bytes"`
+	Errors          uint64 `json:"errors"`
+	JobsInFlight    int64  `json:"jobs_in_flight"`
+	JobsWaiting     int64  `json:"jobs_waiting"`
+	BufferWaits     uint64 `json:"buffer_waits"`
+	BuffersBytes    int64  `json:"buffers_bytes"`
+	BuffersMaxBytes int64  `json:"buffers_max_bytes"`
+}
+
+// Version says who answers.
+type Version struct {
+	Version  string    `json:"version"`
+	PID      int       `json:"pid"`
+	StateDir string    `json:"state_dir"`
+	Engine   string    `json:"engine"`
+	Started  time.Time `json:"started"`
+	// NBD are the addresses of the exports: unix:PATH or tcp:HOST:PORT.
+	NBD []string `json:"nbd"`
+	// LastEvent is the number of the newest event; 0: there was none.
+	LastEvent uint64 `json:"last_event"`
+}
+
+// Types of an Event.
+const (
+	EventDeviceAttached     = "device-attached"
+	EventDeviceDetached     = "device-detached"
+	EventSnapshotTaken      = "snapshot-taken"
+	EventSnapshotRemoved    = "snapshot-removed"
+	EventSnapshotInvalid    = "snapshot-invalid"
+	EventClientConnected    = "client-connected"
+	EventClientDisconnected = "client-disconnected"
+	// EventMissed stands for events that are no longer kept: the reader was too slow, or came too late. Its Seq is
+	// that of the last one missed.
+	EventMissed = "events-missed"
+)
+
+// Event is something that happened in the daemon. Events are numbered from 1 without gaps.
+type Event struct {
+	Seq    uint64    `json:"seq"`
+	Time   time.Time `json:"time"`
+	Type   string    `json:"type"`
+	Name   string    `json:"name,omitempty"`   // of the device
+	Client string    `json:"client,omitempty"` // client-connected and client-disconnected
+	Cause  string    `json:"cause,omitempty"`  // snapshot-invalid; device-detached and snapshot-removed after an error
+	Missed uint64    `json:"missed,omitempty"` // events-missed: how many
+}

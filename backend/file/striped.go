@@ -1,0 +1,96 @@
+package file
+
+import (
+	"errors"
+	"fmt"
+	"math/bits"
+
+	"cowherd/block"
+)
+
+// Striped is a device over several temporary files, which take turns in stripes: byte b lies in file
+// b/stripe modulo the number of files. Writers of one file wait for each other in the kernel, on the lock of its inode;
+// writers of different stripes need not.
+type Striped struct {
+	files  []*Device
+	shift  uint // log2 of the stripe in bytes
+	size   int64
+	limits block.Limits
+}
+
+// TempStriped makes a device of size bytes over count unlinked sparse files in dir. stripe is a power of two, in
+// bytes, a multiple of the files' logical block; count is a power of two.
+func TempStriped(dir string, size, stripe int64, count int) (*Striped, error) {
+	if bits.OnesCount64(uint64(stripe)) != 1 || bits.OnesCount(uint(count)) != 1 {
+		return nil, fmt.Errorf("striped file: a stripe of %d bytes or %d files is not a power of two", stripe, count)
+	}
+	s := &Striped{shift: uint(bits.TrailingZeros64(uint64(stripe))), size: size}
+	round := stripe * int64(count)
+	for range count {
+		f, err := Temp(dir, (size+round-1)/round*stripe)
+		if err != nil {
+			return nil, errors.Join(err, s.Close())
+		}
+		s.files = append(s.files, f)
+	}
+	s.limits = s.files[0].Limits()
+	return s, nil
+}
+
+// Size is the device's length in bytes.
+func (s *Striped) Size() int64 { return s.size }
+
+// Limits are the files'.
+func (s *Striped) Limits() block.Limits { return s.limits }
+
+// place is the file that the byte at offset lies in, and where.
+func (s *Striped) place(offset int64) (*Device, int64) {
+	stripe, within := offset>>s.shift, offset&(1<<s.shift-1)
+	count := int64(len(s.files))
+	return s.files[stripe&(count-1)], stripe/count<<s.shift | within
+}
+
+// Submit passes r to the file it lies in, or the parts of it to several.
+func (s *Striped) Submit(r *block.Request) {
+	if r.Op == block.OpFlush {
+		s.flush(r)
+		return
+	}
+	if r.Length > 0 && r.Offset>>s.shift != (r.End()-1)>>s.shift {
+		s.split(r)
+		return
+	}
+	to, offset := s.place(r.Offset)
+	r.Offset = offset
+	to.Submit(r)
+}
+
+func (s *Striped) flush(r *block.Request) {
+	f := block.NewFan(r)
+	for _, to := range s.files {
+		to.Submit(f.Part(0, 0))
+	}
+	f.Done(nil)
+}
+
+func (s *Striped) split(r *block.Request) {
+	f := block.NewFan(r)
+	for offset, last := r.Offset, r.End(); offset < last; {
+		end := min((offset>>s.shift+1)<<s.shift, last)
+		p := f.Part(offset, end-offset)
+		var to *Device
+		to, p.Offset = s.place(offset)
+		to.Submit(p)
+		offset = end
+	}
+	f.Done(nil)
+}
+
+// Close closes the files, which ends them.
+func (s *Striped) Close() error {
+	var err error
+	for _, f := range s.files {
+		err = errors.Join(err, f.Close())
+	}
+	return err
+}

@@ -1,0 +1,56 @@
+package main
+
+import (
+	"fmt"
+	"strconv"
+
+	"cowherd/api"
+	"cowherd/internal/size"
+)
+
+type lsCmd struct {
+	outputFlags
+	Quiet bool `short:"q" help:"Print names only."`
+}
+
+func (lsCmd) Help() string {
+	return `Examples:
+
+    cowherd ls
+    cowherd ls --json | jq -r '.devices[] | select(.state == "invalid") | .name'
+`
+}
+
+func (c *lsCmd) Run(s *session) error {
+	client, err := s.client()
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	devices, err := client.Devices(s)
+	if err != nil {
+		return err
+	}
+	if c.JSON {
+		return printJSON(s.stdout, api.DeviceList{Devices: devices})
+	}
+	if c.Quiet {
+		for i := range devices {
+			if _, err := fmt.Fprintln(s.stdout, devices[i].Name); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	list := table{right: []bool{false, true, false, true, true, false, true}}
+	list.add("NAME", "SIZE", "KIND", "CHUNK", "COW", "STATE", "USERS")
+	for i := range devices {
+		d := &devices[i]
+		var chunk, cow string
+		if x := d.Snapshot; x != nil {
+			chunk, cow = size.Human(x.ChunkBytes), share(x.AllocatedBytes, x.TotalBytes)
+		}
+		list.add(d.Name, size.Human(d.SizeBytes), d.Kind, chunk, cow, d.State, strconv.Itoa(len(d.Users)))
+	}
+	return list.write(s.stdout)
+}

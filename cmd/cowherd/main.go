@@ -1,0 +1,113 @@
+// Command cowherd takes snapshots of block devices and disk images that are in use. "cowherd serve" is the daemon that
+// serves them over NBD; the other commands talk to it.
+//
+// Each command is a struct with its flags and a Run method, in a file of its own; cli lists them.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/alecthomas/kong"
+)
+
+// version is set when the program is linked.
+var version string
+
+// Exit statuses.
+const (
+	exitOK    = 0
+	exitError = 1 // the command failed; why is on standard error
+	exitUsage = 2 // the command line is wrong
+)
+
+// cli is the grammar of the command line: flags that all commands have, and the commands.
+type cli struct {
+	Control string `env:"COWHERD_CONTROL" placeholder:"SOCKET" complete:"file" help:"The daemon's control socket; by default control.sock in /run/cowherd (root) or in the directory cowherd of XDG_RUNTIME_DIR."`
+
+	Serve      serveCmd      `cmd:"" help:"Run the daemon."`
+	Attach     attachCmd     `cmd:"" help:"Make a disk image or block device a live device."`
+	Detach     detachCmd     `cmd:"" help:"Flush a live device and let go of it."`
+	Snapshot   snapshotCmd   `cmd:"" help:"Freeze what a live device holds."`
+	Rm         rmCmd         `cmd:"" help:"Drop a snapshot."`
+	Ls         lsCmd         `cmd:"" help:"List devices and snapshots."`
+	Status     statusCmd     `cmd:"" help:"Show all that is known of devices and snapshots."`
+	Events     eventsCmd     `cmd:"" help:"Show what happens in the daemon."`
+	Version    versionCmd    `cmd:"" help:"Show the versions of this program and of the daemon."`
+	Completion completionCmd `cmd:"" help:"Print a completion script for a shell."`
+}
+
+// session is what a command runs with.
+type session struct {
+	context.Context
+	stdin          io.Reader
+	stdout, stderr io.Writer
+	cli            *cli
+	model          *kong.Application
+	exit           func(status int) // ends the process without more ado
+}
+
+// usageError is a mistake on the command line that the grammar does not catch.
+type usageError struct{ error }
+
+func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+
+func main() {
+	os.Exit(run(context.Background(), os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+}
+
+// exited is what a parser that wants to exit panics with.
+type exited int
+
+// run runs one command line and returns the exit status.
+func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) (status int) {
+	defer func() {
+		if code, ok := recover().(exited); ok {
+			status = int(code)
+		}
+	}()
+	grammar := &cli{}
+	parser, err := kong.New(grammar,
+		kong.Name("cowherd"),
+		kong.Description("Snapshots and clones of block devices and disk images that are in use."),
+		kong.Writers(stdout, stderr),
+		kong.Exit(func(code int) { panic(exited(code)) }),
+		kong.ConfigureHelp(kong.HelpOptions{Compact: true, WrapUpperBound: 120}),
+	)
+	if err != nil {
+		fmt.Fprintf(stderr, "cowherd: %v\n", err)
+		return exitError
+	}
+	command, err := parser.Parse(args)
+	if err != nil {
+		fmt.Fprintf(stderr, "cowherd: %v\nTry \"%s --help\".\n", err, helpFor(err))
+		return exitUsage
+	}
+	s := &session{
+		Context: ctx, stdin: stdin, stdout: stdout, stderr: stderr, cli: grammar, model: parser.Model, exit: os.Exit,
+	}
+	err = command.Run(s)
+	if err != nil {
+		fmt.Fprintf(stderr, "cowherd: %v\n", err)
+	}
+	if errors.As(err, new(usageError)) {
+		return exitUsage
+	}
+	if err != nil {
+		return exitError
+	}
+	return exitOK
+}
+
+// helpFor is the command whose help is about a mistake.
+func helpFor(err error) string {
+	if p, ok := errors.AsType[*kong.ParseError](err); ok && p.Context != nil {
+		if selected := p.Context.Selected(); selected != nil {
+			return selected.FullPath()
+		}
+	}
+	return "cowherd"
+}

@@ -1,0 +1,488 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/alecthomas/kong"
+	"go.uber.org/goleak"
+
+	"cowherd/api"
+)
+
+// runMain in the environment makes the test binary behave as the program.
+const runMain = "COWHERD_TEST_RUN_MAIN"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(runMain) != "" {
+		main()
+	}
+	for _, name := range []string{"COWHERD_CONTROL", "NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID"} {
+		_ = os.Unsetenv(name)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// result is what a command line has come to.
+type result struct {
+	status         int
+	stdout, stderr string
+}
+
+// cowherd runs a command line in this process.
+func cowherd(t testing.TB, args ...string) result {
+	t.Helper()
+	var stdout, stderr bytes.Buffer
+	status := run(t.Context(), args, strings.NewReader(""), &stdout, &stderr)
+	return result{status, stdout.String(), stderr.String()}
+}
+
+// want checks a status and that each output holds some text.
+func (r result) want(t testing.TB, status int, stdout, stderr string) {
+	t.Helper()
+	if r.status != status || !strings.Contains(r.stdout, stdout) || !strings.Contains(r.stderr, stderr) {
+		t.Errorf("status %d, output %q, errors %q; want %d, %q and %q", r.status, r.stdout, r.stderr, status, stdout, stderr)
+	}
+	if status == exitOK && r.stderr != "" {
+		t.Errorf("errors %q of a success", r.stderr)
+	}
+	if status != exitOK && !strings.HasPrefix(r.stderr, "cowherd: ") {
+		t.Errorf("errors %q do not say who speaks", r.stderr)
+	}
+}
+
+// serve runs "cowherd serve" in this process until the test ends, and sets COWHERD_CONTROL. It returns its directory.
+func serve(t *testing.T, args ...string) string {
+	t.Helper()
+	dir := t.TempDir()
+	t.Setenv("COWHERD_CONTROL", filepath.Join(dir, "control.sock"))
+	var ready [2]int
+	if err := syscall.Pipe2(ready[:], syscall.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	args = append([]string{"serve", "--state", filepath.Join(dir, "state"), "--ready-fd", fmt.Sprint(ready[1])}, args...)
+	ctx, stop := context.WithCancel(context.Background())
+	var log bytes.Buffer
+	var served sync.WaitGroup
+	served.Go(func() {
+		if status := run(ctx, args, nil, io.Discard, &log); status != exitOK {
+			t.Errorf("serve: status %d", status)
+			_ = syscall.Close(ready[1])
+		}
+	})
+	t.Cleanup(func() {
+		stop()
+		served.Wait()
+		if t.Failed() {
+			t.Log(log.String())
+		}
+		for _, want := range []string{"msg=ready", "msg=stopped"} {
+			if !strings.Contains(log.String(), want) {
+				t.Errorf("no %q in the log:\n%s", want, log.String())
+			}
+		}
+	})
+	f := os.NewFile(uintptr(ready[0]), "ready")
+	defer f.Close()
+	if line, err := bufio.NewReader(f).ReadString('\n'); err != nil || line != "ready\n" {
+		t.Fatalf("got %q, %v; want a line that says ready", line, err)
+	}
+	return dir
+}
+
+func TestUsage(t *testing.T) {
+	for _, test := range []struct {
+		args string
+		text string
+	}{
+		{"", "expected one of"},
+		{"fly", "unexpected argument fly"},
+		{"ls --colour", "unknown flag --colour"},
+		{"ls extra", "unexpected argument extra"},
+		{"attach vm", "<device>"},
+		{"attach vm disk --direct=perhaps", "--direct"},
+		{"snapshot", "<name@snap>"},
+		{"snapshot vm@a --chunk", "--chunk"},
+		{"snapshot vm@a --chunk 3kB", "two meanings"},
+		{"snapshot vm@a --max-cow -1", "--max-cow"},
+		{"snapshot vm@a --discard-passdown-origin", "needs --discard-zeroes-cow"},
+		{"events --since x", "--since"},
+		{"completion csh", "bash"},
+		{"serve --tls perhaps", "--tls"},
+		{"serve --engine steam", "--engine"},
+		{"serve --tls require --state /nowhere --control /nowhere/x", "needs --tls-certificates"},
+		{"serve --tls-verify-peer --state /nowhere --control /nowhere/x", "needs TLS"},
+	} {
+		cowherd(t, strings.Fields(test.args)...).want(t, exitUsage, "", test.text)
+	}
+}
+
+// TestHelp: every command has a help with an example, and flags that say what they do.
+func TestHelp(t *testing.T) {
+	r := cowherd(t, "--help")
+	r.want(t, exitOK, "Usage: cowherd <command>", "")
+	for _, command := range []string{
+		"serve", "attach", "detach", "snapshot", "rm", "ls", "status", "events", "version", "completion",
+	} {
+		if !strings.Contains(r.stdout, "\n  "+command+" ") {
+			t.Errorf("no %s in the help", command)
+		}
+		help := cowherd(t, command, "--help")
+		help.want(t, exitOK, "Example", "")
+		help.want(t, exitOK, "    cowherd "+command, "")
+	}
+}
+
+func TestNoDaemon(t *testing.T) {
+	t.Setenv("COWHERD_CONTROL", filepath.Join(t.TempDir(), "none.sock"))
+	for _, args := range []string{
+		"ls", "status", "status vm", "attach vm mem:1M", "detach vm", "snapshot vm@a", "rm vm@a", "events", "ls --json",
+	} {
+		cowherd(t, strings.Fields(args)...).want(t, exitError, "", `none.sock (is "cowherd serve" running?)`)
+	}
+	cowherd(t, "version").want(t, exitOK, "cowherd ", "")
+	other := filepath.Join(t.TempDir(), "other.sock")
+	cowherd(t, "ls", "--control", other).want(t, exitError, "", "other.sock")
+	cowherd(t, "--control", other, "ls").want(t, exitError, "", "other.sock")
+}
+
+func TestCommands(t *testing.T) {
+	dir := serve(t)
+	image := filepath.Join(dir, "disk.img")
+	if err := os.WriteFile(image, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Chdir(dir)
+	cowherd(t, "ls").want(t, exitOK, "NAME  SIZE  KIND  CHUNK  COW  STATE  USERS\n", "")
+	cowherd(t, "attach", "vm", "disk.img").want(t, exitOK, "vm: attached, 1 MiB, nbd+unix:///vm?socket="+dir+"/nbd.sock\n", "")
+	cowherd(t, "attach", "vm", "disk.img").want(t, exitError, "", `attach "vm": there is a device "vm" already`)
+	cowherd(t, "attach", "b", image).want(t, exitError, "", `disk.img is in use by device "vm" of this daemon`)
+	cowherd(t, "attach", "b", "none.img").want(t, exitError, "", "none.img: no such file")
+	cowherd(t, "snapshot", "vm@a", "--chunk", "64k", "--max-cow", "256KiB").want(t, exitOK, "vm@a: taken, vm waited for ", "")
+	cowherd(t, "snapshot", "vm@b", "--store", "disk.img").want(t, exitError, "", `in use by device "vm"`)
+	cowherd(t, "snapshot", "vm@b", "--chunk", "3k").want(t, exitError, "", "not a power of 2")
+	cowherd(t, "snapshot", "x@b").want(t, exitError, "", `snapshot "x@b": there is no device "x"`)
+	cowherd(t, "snapshot", "vm").want(t, exitError, "", "ORIGIN@SNAPSHOT")
+	list := "NAME   SIZE  KIND       CHUNK                    COW  STATE  USERS\n" +
+		"vm    1 MiB  origin         -                      -  live       0\n" +
+		"vm@a  1 MiB  snapshot  64 KiB  0 B of 256 KiB (0.0%)  valid      0\n"
+	if r := cowherd(t, "ls"); r.stdout != list {
+		t.Errorf("got\n%swant\n%s", r.stdout, list)
+	}
+	if r := cowherd(t, "ls", "-q"); r.stdout != "vm\nvm@a\n" {
+		t.Errorf("names %q", r.stdout)
+	}
+	status := cowherd(t, "status", "vm@a")
+	for _, text := range []string{
+		"\n  size           1 MiB (1048576 bytes)\n", "\n  chunk          64 KiB\n", "\n  store          temp\n",
+		"\n  kcopyd         scaled: 0 jobs", "\n  export         nbd+unix:///vm@a?socket=",
+	} {
+		status.want(t, exitOK, text, "")
+	}
+	cowherd(t, "status").want(t, exitOK, "state directory", "")
+	cowherd(t, "status", "vm@x").want(t, exitError, "", `there is no device "vm@x"`)
+	cowherd(t, "detach", "vm").want(t, exitError, "", `detach "vm": vm has snapshots: vm@a`)
+	cowherd(t, "detach", "vm@a").want(t, exitError, "", "it is a snapshot")
+	cowherd(t, "rm", "vm@a").want(t, exitOK, "vm@a: removed\n", "")
+	cowherd(t, "rm", "vm@a").want(t, exitError, "", `remove "vm@a": there is no such snapshot`)
+	cowherd(t, "detach", "vm").want(t, exitOK, "vm: detached\n", "")
+	cowherd(t, "version").want(t, exitOK, fmt.Sprintf("process %d\n", os.Getpid()), "")
+
+	events := cowherd(t, "events", "--no-follow")
+	for _, text := range []string{"device-attached      vm\n", "snapshot-taken       vm@a\n", "device-detached      vm\n"} {
+		events.want(t, exitOK, text, "")
+	}
+	if r := cowherd(t, "events", "--no-follow", "--since", "3"); strings.Count(r.stdout, "\n") != 1 {
+		t.Errorf("events since 3: %q", r.stdout)
+	}
+	cowherd(t, "events", "--since", "99").want(t, exitError, "", "no event 99")
+}
+
+// TestJSON: what --json prints is what the API sends.
+func TestJSON(t *testing.T) {
+	serve(t)
+	var device api.Device
+	var taken api.SnapshotTaken
+	var list api.DeviceList
+	var all daemonStatus
+	var v versions
+	var done map[string]string
+	for _, test := range []struct {
+		args string
+		to   any
+	}{
+		{"attach vm mem:1M --read-only --json", &device},
+		{"snapshot vm@a --json", &taken},
+		{"ls --json", &list},
+		{"status --json", &all},
+		{"version --json", &v},
+		{"status vm@a --json", &device},
+		{"rm vm@a --json", &done},
+	} {
+		r := cowherd(t, strings.Fields(test.args)...)
+		decoder := json.NewDecoder(strings.NewReader(r.stdout))
+		decoder.DisallowUnknownFields()
+		if err := decoder.Decode(test.to); err != nil || r.status != exitOK {
+			t.Errorf("%s: %v in %s %s", test.args, err, r.stdout, r.stderr)
+		}
+	}
+	if device.Name != "vm@a" || device.Snapshot.ChunkBytes != 4096 || device.SizeBytes != 1<<20 {
+		t.Errorf("device %+v", device)
+	}
+	if taken.Name != "vm@a" || len(list.Devices) != 2 || len(all.Devices) != 2 || all.Daemon.PID != os.Getpid() {
+		t.Errorf("%+v, %+v, %+v", taken, list, all)
+	}
+	if v.Daemon == nil || done["name"] != "vm@a" || done["result"] != "removed" {
+		t.Errorf("%+v, %v", v, done)
+	}
+	events := cowherd(t, "events", "--since", "0", "--no-follow", "--json")
+	lines := strings.Split(strings.TrimSpace(events.stdout), "\n")
+	for i, line := range lines {
+		var e api.Event
+		if err := json.Unmarshal([]byte(line), &e); err != nil || e.Seq != uint64(i+1) {
+			t.Errorf("event %q: %v", line, err)
+		}
+	}
+	if len(lines) != 3 {
+		t.Errorf("%d events", len(lines))
+	}
+}
+
+// TestLogGone: the daemon outlives the reader of its log.
+func TestLogGone(t *testing.T) {
+	dir := t.TempDir()
+	control := filepath.Join(dir, "control.sock")
+	p := startProgram(t, nil, "serve", "--state", filepath.Join(dir, "state"), "--control", control)
+	p.waitLog(t, "msg=ready")
+	if err := p.pipe.Close(); err != nil {
+		t.Fatal(err)
+	}
+	cowherd(t, "--control", control, "attach", "vm", "mem:1M").want(t, exitOK, "attached", "")
+	cowherd(t, "--control", control, "detach", "x").want(t, exitError, "", "no device")
+	if err := p.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Wait(); err != nil {
+		t.Error(err)
+	}
+}
+
+// program is the test binary running as the program.
+type program struct {
+	*exec.Cmd
+	pipe   io.ReadCloser
+	stderr *bufio.Reader
+}
+
+// startProgram starts it with a time limit.
+func startProgram(t *testing.T, env []string, args ...string) *program {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	t.Cleanup(cancel)
+	p := &program{Cmd: exec.CommandContext(ctx, "/proc/self/exe", args...)}
+	p.Env = append(append(os.Environ(), runMain+"=1"), env...)
+	pipe, err := p.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.pipe, p.stderr = pipe, bufio.NewReader(pipe)
+	if err := p.Start(); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// waitLog waits for a line of the log.
+func (p *program) waitLog(t *testing.T, text string) {
+	t.Helper()
+	for {
+		line, err := p.stderr.ReadString('\n')
+		if strings.Contains(line, text) {
+			return
+		}
+		if err != nil {
+			t.Fatalf("no %q in the log: %v", text, err)
+		}
+		t.Log(strings.TrimSpace(line))
+	}
+}
+
+// end waits for the program's end and returns its status.
+func (p *program) end(t *testing.T) int {
+	t.Helper()
+	if _, err := io.Copy(io.Discard, p.stderr); err != nil {
+		t.Error(err)
+	}
+	_ = p.Wait() // the status says it
+	return p.ProcessState.ExitCode()
+}
+
+// TestSignals: a signal ends the daemon cleanly; the service manager is told.
+func TestSignals(t *testing.T) {
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP} {
+		dir := t.TempDir()
+		manager, notes := listenNotes(t, filepath.Join(dir, "notify"))
+		control := filepath.Join(dir, "run", "control.sock")
+		p := startProgram(t, []string{"NOTIFY_SOCKET=" + manager, "COWHERD_CONTROL=" + control}, "serve", "--state",
+			filepath.Join(dir, "state"), "--log-format", "json")
+		p.waitLog(t, `"msg":"ready"`)
+		if note := notes(); note != "READY=1\n" {
+			t.Errorf("notified of %q", note)
+		}
+		cowherd(t, "--control", control, "attach", "vm", "mem:1M").want(t, exitOK, "attached", "")
+		second := startProgram(t, nil, "serve", "--state", filepath.Join(dir, "state"), "--control", control+"2")
+		second.waitLog(t, fmt.Sprintf("another daemon (process %d) uses it", p.Process.Pid))
+		if status := second.end(t); status != exitError {
+			t.Errorf("the second daemon ends with %d", status)
+		}
+		if err := p.Process.Signal(sig); err != nil {
+			t.Fatal(err)
+		}
+		if note := notes(); note != "STOPPING=1\n" {
+			t.Errorf("notified of %q", note)
+		}
+		if status := p.end(t); status != exitOK {
+			t.Errorf("status %d after %v", status, sig)
+		}
+		if left, err := os.ReadDir(filepath.Dir(control)); err != nil || len(left) != 0 {
+			t.Errorf("left behind: %v, %v", left, err)
+		}
+	}
+}
+
+// listenNotes is a service manager's socket, and a function that reads from it.
+func listenNotes(t *testing.T, path string) (string, func() string) {
+	t.Helper()
+	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_DGRAM|syscall.SOCK_CLOEXEC, 0)
+	if err == nil {
+		err = syscall.Bind(fd, &syscall.SockaddrUnix{Name: path})
+	}
+	if err == nil {
+		err = syscall.SetsockoptTimeval(fd, syscall.SOL_SOCKET, syscall.SO_RCVTIMEO, &syscall.Timeval{Sec: 20})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = syscall.Close(fd) })
+	return path, func() string {
+		var note [256]byte
+		n, err := syscall.Read(fd, note[:])
+		if err != nil {
+			t.Fatalf("notification: %v", err)
+		}
+		return string(note[:n])
+	}
+}
+
+// TestSecondSignal: another signal ends a daemon at once that waits for a device.
+func TestSecondSignal(t *testing.T) {
+	dir := t.TempDir()
+	control := filepath.Join(dir, "control.sock")
+	p := startProgram(t, nil, "serve", "--state", filepath.Join(dir, "state"), "--control", control)
+	p.waitLog(t, "msg=ready")
+	cowherd(t, "--control", control, "attach", "slow", "null:1M,latency=1h").want(t, exitOK, "attached", "")
+	// The stop flushes the device, which takes an hour.
+	for _, text := range []string{"msg=stopping", "ended at once"} {
+		if err := p.Process.Signal(syscall.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		p.waitLog(t, text)
+	}
+	if status := p.end(t); status != exitError {
+		t.Errorf("status %d", status)
+	}
+}
+
+// TestPassedSocket: a listening socket that is passed on is used for exports, and nothing else is opened.
+func TestPassedSocket(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "passed.sock")
+	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err == nil {
+		err = syscall.Bind(fd, &syscall.SockaddrUnix{Name: path})
+	}
+	if err == nil {
+		err = syscall.Listen(fd, 1)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket := os.NewFile(uintptr(fd), path)
+	defer socket.Close()
+	control := filepath.Join(dir, "control.sock")
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	// The process that counts is the one that exec leaves.
+	shell := exec.CommandContext(ctx, "/bin/sh", "-c", `LISTEN_PID=$$ LISTEN_FDS=1 exec "$0" "$@"`,
+		"/proc/"+fmt.Sprint(os.Getpid())+"/exe", "serve", "--state", filepath.Join(dir, "state"), "--control", control)
+	shell.Env = append(os.Environ(), runMain+"=1")
+	shell.ExtraFiles = []*os.File{socket}
+	pipe, err := shell.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := shell.Start(); err != nil {
+		t.Fatal(err)
+	}
+	p := &program{Cmd: shell, pipe: pipe, stderr: bufio.NewReader(pipe)}
+	p.waitLog(t, "msg=ready")
+	cowherd(t, "--control", control, "attach", "vm", "mem:1M").want(t, exitOK, "nbd+unix:///vm?socket="+path, "")
+	if _, err := os.Lstat(filepath.Join(dir, "nbd.sock")); !os.IsNotExist(err) {
+		t.Errorf("a socket that nobody asked for: %v", err)
+	}
+	if err := p.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if status := p.end(t); status != exitOK {
+		t.Errorf("status %d", status)
+	}
+}
+
+// TestDocs: every command has a page that names all its flags, and the index leads to it.
+func TestDocs(t *testing.T) {
+	const docs = "../../docs"
+	index, err := os.ReadFile(filepath.Join(docs, "cowherd.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	parser, err := kong.New(&cli{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, command := range parser.Model.Children {
+		page := "cowherd-" + command.Name + ".md"
+		if command.Name == "version" {
+			page = "cowherd.md" // there is nothing else to say
+		} else if !bytes.Contains(index, []byte("]("+page+")")) {
+			t.Errorf("docs/cowherd.md does not lead to %s", page)
+		}
+		text, err := os.ReadFile(filepath.Join(docs, page))
+		if err != nil {
+			t.Error(err)
+		}
+		for _, leaf := range append(command.Leaves(true), command) {
+			for _, flag := range flagsOf(leaf.Flags) {
+				if !bytes.Contains(text, []byte("--"+flag.name)) {
+					t.Errorf("docs/%s does not name --%s", page, flag.name)
+				}
+			}
+		}
+		for _, title := range []string{"## Synopsis", "## Description", "## Exit status", "## See also"} {
+			if err == nil && !bytes.Contains(text, []byte("\n"+title+"\n")) {
+				t.Errorf("docs/%s has no %q", page, title)
+			}
+		}
+	}
+}

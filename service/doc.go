@@ -1,0 +1,51 @@
+// Package service is the daemon: devices with names, their snapshots, the exports that serve them and the control API
+// that manages them. Everything below it is wired together here and nowhere else.
+//
+// # What a name stands for
+//
+//	"vm"          backend (file, mem, null) -> snapshot.Origin -> dm.Device "vm"         -> NBD export "vm"
+//	"vm@nightly"  COW device -> cowstore.Transient -> snapshot.Snapshot -> dm.Device     -> NBD export "vm@nightly"
+//
+// Each snapshot has a copy engine of its own, as the kernel has a kcopyd client for each: one COW device that hangs
+// does not take the buffers of the others, and closing the engine proves that nothing is copied any more.
+//
+// # A snapshot is taken
+//
+//	lock the origin's operations
+//	open the COW device, make store, engine, target and mapped device       I/O goes on
+//	suspend the origin's mapped device                                      new requests wait, those in flight end
+//	origin.Add(snapshot)                                                    the frozen view is this moment's
+//	resume                                                                  the stall is measured from suspend to here
+//
+// It is dropped the other way round: nobody may use its export, then snapshot and origin are suspended, it is taken
+// out, and the origin is resumed before anything is closed. Whatever fails leaves things as they were: a suspend that
+// does not end in time (Config.SuspendTimeout) because requests in flight hang is undone and is the operation's error.
+//
+// # States of a name
+//
+//	opening --> live --> closing --> gone
+//	   |          ^         |
+//	   v          +---------+  in use, or could not be suspended
+//	  gone
+//
+// A live name can be opened by clients; a live or closing one is listed. An origin's name is taken from opening to
+// gone, so that two attaches never work on the same name.
+//
+// # Events
+//
+// Whatever happens is published as an event on the bus, which never blocks: not a completion that finds a snapshot
+// invalid, not an operation. The daemon's log is one reader of the bus among others.
+//
+// # Lock order
+//
+//	origin.operation    a semaphore held for a whole operation on an origin or one of its snapshots, device I/O
+//	                    included: waiting for it ends with the waiter's context, and what runs under it is bounded by
+//	                    SuspendTimeout, but for opening, flushing and closing files
+//	  registry.mu       names, and files in use
+//	  origin.snapsMu    the origin's snapshots
+//	  entry.mu          state and users of a name
+//	    bus.mu          events
+//
+// The mutexes are held for moments, never across I/O. NBD connections take them, but never the semaphore; a snapshot's
+// Invalidated callback takes bus.mu only.
+package service

@@ -1,0 +1,201 @@
+package service
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"cowherd/api"
+	"cowherd/block"
+	"cowherd/dm"
+	"cowherd/target/snapshot"
+)
+
+// origin is a device that was attached.
+type origin struct {
+	entry
+	request api.AttachRequest
+	backing *backing         // set before the entry is live
+	target  *snapshot.Origin // set before the entry is live
+
+	// operation holds one message while nobody works on the origin: who takes it out has the origin's operations.
+	operation chan struct{}
+
+	snapsMu sync.Mutex
+	// +checklocks:snapsMu
+	snaps map[string]*snap // by their whole names; they are live or closing
+}
+
+// newOrigin makes an origin that is opening, with its operations held by the caller.
+func newOrigin(r api.AttachRequest, b *bus) *origin {
+	return &origin{
+		entry:     entry{name: r.Name, bus: b, since: time.Now().UTC()},
+		request:   r,
+		operation: make(chan struct{}, 1),
+		snaps:     map[string]*snap{},
+	}
+}
+
+// lock takes the origin's operations. ENOENT: the origin is gone.
+func (o *origin) lock(ctx context.Context) error {
+	select {
+	case <-o.operation:
+	case <-ctx.Done():
+		return fmt.Errorf("another operation on %q is running: %w", o.name, ctx.Err())
+	}
+	if o.isGone() {
+		o.unlock()
+		return noDevice(o.name)
+	}
+	return nil
+}
+
+// unlock gives the operations back.
+func (o *origin) unlock() { o.operation <- struct{}{} }
+
+// lockOrigin finds an origin and takes its operations.
+func (d *Daemon) lockOrigin(ctx context.Context, name string) (*origin, error) {
+	o, err := d.names.origin(name)
+	if err != nil {
+		return nil, err
+	}
+	return o, o.lock(ctx)
+}
+
+// snap is the snapshot with a whole name; nil if there is none.
+func (o *origin) snap(name string) *snap {
+	o.snapsMu.Lock()
+	defer o.snapsMu.Unlock()
+	return o.snaps[name]
+}
+
+// allSnaps is the snapshots by name.
+func (o *origin) allSnaps() []*snap {
+	o.snapsMu.Lock()
+	defer o.snapsMu.Unlock()
+	return slices.SortedFunc(maps.Values(o.snaps), func(a, b *snap) int { return strings.Compare(a.name, b.name) })
+}
+
+// Attach opens a device and makes it live under a name.
+func (d *Daemon) Attach(r api.AttachRequest) (api.Device, error) {
+	if err := checkName("device", r.Name); err != nil {
+		return api.Device{}, err
+	}
+	o := newOrigin(r, d.bus)
+	if err := d.names.add(o); err != nil {
+		return api.Device{}, fmt.Errorf("attach %q: %w", r.Name, err)
+	}
+	defer o.unlock()
+	made, err := d.openDevice(r.Name, r)
+	if err != nil {
+		o.set(gone)
+		d.names.remove(o)
+		return api.Device{}, fmt.Errorf("attach %q: %w", r.Name, err)
+	}
+	o.backing = made
+	o.target = snapshot.NewOrigin(made)
+	o.device = dm.NewDevice(r.Name, o.target, r.ReadOnly)
+	o.bus.publish(api.Event{Type: api.EventDeviceAttached, Name: o.name})
+	o.set(live)
+	return d.describeOrigin(o), nil
+}
+
+// Detach flushes an origin that has no snapshots and no users, and lets go of its device. When flushing or closing
+// fails the error says so, and the device is let go of all the same; all other errors change nothing.
+func (d *Daemon) Detach(ctx context.Context, name string) error {
+	if strings.Contains(name, "@") {
+		return api.Errorf(syscall.EINVAL, "detach %q: it is a snapshot: remove it", name)
+	}
+	o, err := d.lockOrigin(ctx, name)
+	if err == nil {
+		defer o.unlock()
+		err = d.detach(ctx, o, false)
+	}
+	if err != nil {
+		return fmt.Errorf("detach %q: %w", name, err)
+	}
+	return nil
+}
+
+// detach does it for an origin whose operations are the caller's.
+func (d *Daemon) detach(ctx context.Context, o *origin, force bool) error {
+	if snaps := o.allSnaps(); len(snaps) > 0 {
+		return api.Errorf(syscall.EBUSY, "%s has snapshots: %s", o.name, joinNames(snaps))
+	}
+	ctx, cancel := context.WithTimeout(ctx, d.config.SuspendTimeout)
+	defer cancel()
+	if err := d.shut(ctx, &o.entry, force); err != nil {
+		return err
+	}
+	if err := o.device.Close(ctx); err != nil {
+		o.reopen()
+		return err
+	}
+	var lost error
+	if err := block.Flush(o.backing); err != nil {
+		lost = fmt.Errorf("the device is detached, but what was written last may be lost: %w", err)
+	}
+	err := errors.Join(lost, o.backing.close())
+	o.set(gone)
+	o.bus.publish(api.Event{Type: api.EventDeviceDetached, Name: o.name, Cause: causeOf(err)})
+	d.names.remove(o) // last: who attaches another device of this name does so behind the event
+	return err
+}
+
+// shut lets nobody use e any more; force disconnects those who do. If it fails e is live as before. A client that has
+// just said goodbye may still be counted: it is waited for a moment before e is called busy.
+func (d *Daemon) shut(ctx context.Context, e *entry, force bool) error {
+	empty, err := e.shut(force)
+	if err != nil && waitFor(ctx, empty, d.config.BusyGrace) {
+		empty, err = e.shut(force)
+	}
+	if err != nil || empty == nil {
+		return err
+	}
+	// Each turn cuts off those that have not ended by themselves, and finds those that were still negotiating before.
+	for ctx.Err() == nil {
+		turn, cancel := context.WithTimeout(ctx, d.config.SuspendTimeout/4)
+		err := d.exports.disconnect(turn, e.name)
+		cancel()
+		if err == nil && waitFor(ctx, empty, d.config.BusyGrace) {
+			return nil
+		}
+	}
+	e.reopen()
+	return fmt.Errorf("%s: its users do not end: %w", e.name, ctx.Err())
+}
+
+// waitFor waits until c is closed, but not for longer than atMost, nor than ctx lasts.
+func waitFor(ctx context.Context, c <-chan struct{}, atMost time.Duration) bool {
+	ctx, cancel := context.WithTimeout(ctx, atMost)
+	defer cancel()
+	select {
+	case <-c:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// joinNames is the names for a message.
+func joinNames(snaps []*snap) string {
+	names := make([]string, len(snaps))
+	for i, s := range snaps {
+		names[i] = s.name
+	}
+	return strings.Join(names, ", ")
+}
+
+// causeOf is err's message for an event.
+func causeOf(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}

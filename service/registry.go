@@ -1,0 +1,116 @@
+package service
+
+import (
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+
+	"cowherd/api"
+)
+
+// devicesMax bounds the origins and snapshots of a daemon together.
+const devicesMax = 1024
+
+// registry is all names, and the files in use.
+type registry struct {
+	mu sync.Mutex
+	// +checklocks:mu
+	origins map[string]*origin
+	// +checklocks:mu
+	held map[fileID]string // files in use, and the name of the device that has each
+	// +checklocks:mu
+	count int // origins and snapshots
+	// +checklocks:mu
+	closed bool // nothing is added any more
+}
+
+// add takes o's name. EEXIST: it is taken.
+func (g *registry) add(o *origin) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.origins[o.name] != nil {
+		return api.Errorf(syscall.EEXIST, "there is a device %q already", o.name)
+	}
+	if err := g.reserveLocked(); err != nil {
+		return err
+	}
+	g.origins[o.name] = o
+	return nil
+}
+
+// remove gives o's name up.
+func (g *registry) remove(o *origin) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.origins, o.name)
+	g.count--
+}
+
+// reserve counts one more snapshot, to be given back by unreserve.
+func (g *registry) reserve() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.reserveLocked()
+}
+
+// +checklocks:g.mu
+func (g *registry) reserveLocked() error {
+	if g.closed {
+		return api.Errorf(syscall.ESHUTDOWN, "the daemon is stopping")
+	}
+	if g.count >= devicesMax {
+		return api.Errorf(syscall.ENOSPC, "there are %d devices and snapshots: more are not taken", g.count)
+	}
+	g.count++
+	return nil
+}
+
+func (g *registry) unreserve() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.count--
+}
+
+// close lets nothing be added any more.
+func (g *registry) close() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.closed = true
+}
+
+// origin finds an origin, whatever its state.
+func (g *registry) origin(name string) (*origin, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if o := g.origins[name]; o != nil {
+		return o, nil
+	}
+	return nil, noDevice(name)
+}
+
+// all is every origin, by name, whatever its state.
+func (g *registry) all() []*origin {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return slices.SortedFunc(maps.Values(g.origins), func(a, b *origin) int { return strings.Compare(a.name, b.name) })
+}
+
+// hold notes that user has the file id. EBUSY: another one has.
+func (g *registry) hold(id fileID, user, path string) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if holder, ok := g.held[id]; ok {
+		return api.Errorf(syscall.EBUSY, "%s is in use by device %q of this daemon", path, holder)
+	}
+	g.held[id] = user
+	return nil
+}
+
+// letGo undoes hold.
+func (g *registry) letGo(id fileID) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.held, id)
+}
