@@ -22,6 +22,9 @@ func (d *Device) examineFile(st *unix.Stat_t) error {
 		return fmt.Errorf("fstatfs: %w", err)
 	}
 	d.inMemory = fs.Type == unix.TMPFS_MAGIC || fs.Type == unix.RAMFS_MAGIC
+	if d.inMemory {
+		d.sys = d.sys.brief()
+	}
 	d.size = st.Size
 	l := &d.limits
 	l.LogicalBlock = 1

@@ -1,0 +1,140 @@
+package main
+
+import "fmt"
+
+const (
+	blockBytes  = 4 << 10  // of every request, and the chunk of every snapshot
+	strideBytes = 64 << 10 // a cluster of qemu's copy-before-write
+	depth       = 32       // requests in flight on each connection
+
+	// A stride touches one block in sixteen, so it goes over more bytes in order to last long enough.
+	strideSpan = 4
+)
+
+// connections are the numbers of connections that each scenario is measured with.
+var connections = []int{1, 4}
+
+// job is what fio does in a step.
+type job struct {
+	rw string // as fio calls it
+	// once: every block once, in random order, each connection having its share of the blocks; else blocks at random
+	// from all of them, for a time.
+	once bool
+	// stride: the first block of each stride, in ascending order, each connection having its share. 0: all blocks.
+	stride int64
+}
+
+var (
+	randomReads  = job{rw: "randread"}
+	randomWrites = job{rw: "randwrite"}
+	eachOnce     = job{rw: "randwrite", once: true}
+	eachStride   = job{rw: "write", once: true, stride: strideBytes}
+)
+
+// requests is how many requests the job makes of span bytes; 0 if that is a matter of time.
+func (j job) requests(span int64) int64 {
+	switch {
+	case !j.once:
+		return 0
+	case j.stride > 0:
+		return span / j.stride
+	}
+	return span / blockBytes
+}
+
+// step is one run of fio.
+type step struct {
+	name   string
+	job    job
+	frozen bool   // the snapshot is there
+	on     export // that fio talks to
+	// own: the step is cowherd's alone.
+	own bool
+	// against is the step of cowherd's that the ratio is to; "": the peer's same step.
+	against string
+	// bars are the least ratios that are good enough, by the number of connections.
+	bars map[int]float64
+}
+
+// export tells the two exports of a server apart.
+type export int
+
+const (
+	live     export = iota // the device that has a snapshot, or is to have one
+	snapshot               // the snapshot
+)
+
+// scenario is what a freshly started server goes through.
+type scenario struct {
+	name  string
+	peer  string // the stack that cowherd is measured beside
+	steps []step
+}
+
+const bareOnce = "bare, each block once"
+
+var plan = []scenario{
+	{"bare-read", nbdkitFile, []step{
+		{name: "bare random reads", job: randomReads, bars: map[int]float64{1: 1.3, 4: 1.5}},
+	}},
+	{"bare-write", nbdkitFile, []step{
+		{name: "bare random writes", job: randomWrites, bars: map[int]float64{1: 1, 4: 1.3}},
+	}},
+	{"first-write", qsdCBW, []step{
+		{name: bareOnce, job: eachOnce, own: true},
+		{name: "reads of snapshot, none copied", job: randomReads, frozen: true, on: snapshot},
+		{name: "first writes", job: eachOnce, frozen: true, bars: map[int]float64{1: 3, 4: 3.5}},
+		{name: "later writes", job: eachOnce, frozen: true, against: bareOnce, bars: map[int]float64{1: 0.9, 4: 0.9}},
+		{name: "reads of snapshot, all copied", job: randomReads, frozen: true, on: snapshot},
+	}},
+	{"stride", qsdCBW, []step{
+		{name: "first writes, 4k in each 64k", job: eachStride, frozen: true, bars: map[int]float64{1: 8}},
+	}},
+	{"snapshot-write", nbdkitCow, []step{
+		{name: "writes to snapshot, first", job: eachOnce, frozen: true, on: snapshot, bars: map[int]float64{1: 1, 4: 1.2}},
+		{name: "writes to snapshot, later", job: eachOnce, frozen: true, on: snapshot},
+	}},
+}
+
+// span is how many bytes of the image the scenario uses.
+func (s *scenario) span(bytes int64) int64 {
+	for _, st := range s.steps {
+		if st.job.stride > 0 {
+			return strideSpan * bytes
+		}
+	}
+	return bytes
+}
+
+// chunks is how many chunks a snapshot has of its own at the end of the scenario.
+func (s *scenario) chunks(bytes int64) int64 {
+	n := int64(0)
+	for _, st := range s.steps {
+		if st.frozen {
+			n = max(n, st.job.requests(s.span(bytes)))
+		}
+	}
+	return n
+}
+
+// cellNames are what -only can match.
+func cellNames() []string {
+	var names []string
+	for i := range plan {
+		for _, n := range connections {
+			c := cell{scenario: &plan[i], connections: n}
+			names = append(names, c.name())
+		}
+	}
+	return names
+}
+
+// cell is one scenario with one number of connections, and what came of it.
+type cell struct {
+	scenario    *scenario
+	connections int
+	rounds      []round
+	failed      error // why the measuring ended before its time
+}
+
+func (c *cell) name() string { return fmt.Sprintf("%s/%d", c.scenario.name, c.connections) }
