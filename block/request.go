@@ -29,7 +29,8 @@ type Completer interface {
 //     must not write to it unless Op is OpRead.
 //  4. Offset and Length may be changed by the layers below; a submitter that needs them later keeps its own.
 //
-// The stack of completers is kept in the request and keeps its capacity, so that a reused Request never allocates.
+// The stack of completers is kept in the request, or beside it where it grew beyond hooksInline, and keeps its capacity:
+// a reused Request never allocates. A Request must not be copied once it has been used.
 type Request struct {
 	Op     Op
 	Flags  Flags
@@ -41,13 +42,21 @@ type Request struct {
 	link  *Request    // of the List or WaitList that holds the request; its owner's
 	waker Waker       // who goes on when the request has waited
 	hooks []Completer // innermost last
+
+	inline [hooksInline]Completer // what hooks uses at first
 }
+
+// hooksInline is the depth of a stack of devices that needs no memory besides the request.
+const hooksInline = 4
 
 // End is the offset behind the request's last byte.
 func (r *Request) End() int64 { return r.Offset + r.Length }
 
 // Push makes c the next to be told of the completion, before all that were pushed earlier.
 func (r *Request) Push(c Completer) {
+	if r.hooks == nil {
+		r.hooks = r.inline[:0]
+	}
 	r.hooks = append(r.hooks, c)
 }
 

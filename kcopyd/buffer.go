@@ -28,6 +28,7 @@ type buffer struct {
 	next   *buffer
 	class  int
 	memory []byte // nil until it is used for the first time
+	_      percpu.Pad
 }
 
 // classOf is the class of the smallest buffer of at least n bytes, 1 <= n <= SubJobSize.

@@ -13,6 +13,10 @@ const countMax = 64
 // pad keeps neighbours on different cache lines; two lines, because CPUs fetch lines in pairs.
 const pad = 128
 
+// Pad stands at the end of a struct that is allocated one by one and written by one CPU at a time, so that what the
+// allocator puts beside it is not on the same cache line.
+type Pad [pad]byte
+
 // Shards holds one T for each shard. The zero value has none: use New.
 type Shards[T any] struct {
 	slots []slot[T]
@@ -33,7 +37,8 @@ func Count() int {
 // New makes zeroed shards.
 func New[T any]() Shards[T] {
 	n := Count()
-	return Shards[T]{slots: make([]slot[T], n), mask: uint(n - 1)}
+	// One slot more, in front: whatever lies before the array must not share a cache line with the first shard.
+	return Shards[T]{slots: make([]slot[T], n+1)[1:], mask: uint(n - 1)}
 }
 
 // At is the shard for queue.

@@ -65,6 +65,7 @@ func (x *bench) retake(b *testing.B) {
 func (x *bench) run(b *testing.B, jobs int, prepare func(), on func() *dm.Device, op block.Op) {
 	b.ReportAllocs()
 	b.SetBytes(benchChunk)
+	b.ResetTimer()
 	for done := 0; done < b.N; {
 		b.StopTimer()
 		prepare()

@@ -44,7 +44,7 @@ func (s *Snapshot) preserve(r *block.Request) (wait pendingChunk, ok bool) {
 			if e == nil {
 				return wait, false
 			}
-			if s.claim(e, end) == 0 || !s.allocate(e) {
+			if s.claim(e, at, end) == 0 || !s.allocate(e) {
 				continue // another request was quicker, or the snapshot is invalid now: look again
 			}
 			chunk += cowstore.Chunk(e.count)
@@ -56,13 +56,16 @@ func (s *Snapshot) preserve(r *block.Request) (wait pendingChunk, ok bool) {
 	return wait, true
 }
 
-// claim makes e the pending exception of as many chunks as possible from e.from on, up to end and to runMax bytes. If
-// it gets none e is idle again.
-func (s *Snapshot) claim(e *exception, end cowstore.Chunk) int {
+// claim makes e the pending exception of as many chunks as possible from e.from on, up to end and to runMax bytes. at
+// is what find gave for e.from. If it gets none e is idle again.
+func (s *Snapshot) claim(e *exception, at *atomic.Uint64, end cowstore.Chunk) int {
 	most := max(1, int(runMax>>s.chunkShift))
 	v := uint64(pendingSlot(e.index))
-	for e.count < most && e.from+cowstore.Chunk(e.count) < end {
-		at := s.table.insert(e.queue, e.from+cowstore.Chunk(e.count))
+	for {
+		chunk := e.from + cowstore.Chunk(e.count)
+		if at == nil {
+			at = s.table.insert(e.queue, chunk)
+		}
 		if at == nil {
 			s.invalidate(fmt.Errorf("the exception table is full: %w", syscall.ENOMEM))
 			break
@@ -74,6 +77,10 @@ func (s *Snapshot) claim(e *exception, end cowstore.Chunk) int {
 			e.head = at
 		}
 		e.count++
+		if e.count == most || chunk+1 == end {
+			break
+		}
+		at = s.table.find(chunk + 1)
 	}
 	claimed := e.count
 	if claimed == 0 {

@@ -248,6 +248,8 @@ func (k *soak) take() {
 		Store:       cowstore.NewTransient(x.ram.Size(), limit, chunkSize),
 		PendingMax:  k.config.pendingMax,
 		Invalidated: func(error) { x.invalidations.Add(1) },
+
+		DiscardZeroesCOW: true,
 	})
 	if err != nil {
 		k.t.Fatal(err)
@@ -306,6 +308,12 @@ func (k *soak) useOnce(x *soakSnap, c *call, i int, n uint64, rnd *rand.Rand, bu
 		op = block.OpWrite
 	case x.writable && rnd.IntN(5) == 0:
 		op = block.OpWriteZeroes
+	case x.writable && rnd.IntN(5) == 0:
+		// What it reads as now is not known; so it is written at once.
+		if err := c.do(x.dev, block.OpDiscard, queue, start, end, nil); err != nil {
+			return err
+		}
+		op = block.OpWrite
 	case !x.writable && rnd.IntN(3) == 0:
 		start = rnd.Int64N(soakSize)
 		end = min(start+rnd.Int64N(int64(len(buf))), soakSize)

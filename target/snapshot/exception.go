@@ -40,6 +40,7 @@ type exception struct {
 	dest [1]kcopyd.Region
 
 	next *exception // in a free list
+	_    percpu.Pad
 }
 
 // pendingChunk is what a request has to wait for: the slot of a chunk, and what it held.

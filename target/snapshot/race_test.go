@@ -5,11 +5,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"syscall"
 	"testing"
 
 	"cowherd/block"
 	"cowherd/cowstore"
+	"cowherd/kcopyd"
 )
 
 const (
@@ -111,6 +113,27 @@ func TestReadWhilePending(t *testing.T) {
 		read.wantData(t, g.frozen[9000:9010])
 		write.want(t, nil)
 		g.wantFrozen(x)
+	})
+}
+
+// TestReadBeforeTracking: a read finds that its chunk has no exception, and before it is tracked the chunk is copied
+// and the origin overwritten. It must look again.
+func TestReadBeforeTracking(t *testing.T) {
+	forEachEngine(t, func(t *testing.T, engine string) {
+		g := newRigWith(t, engine, 64*kib, 4*kib)
+		x := g.snaps[0]
+		const queue = 1
+		shard := x.reads.shards.At(queue)
+		shard.mu.Lock()
+		got := make(chan *call)
+		go func() { got <- start(x.dev, block.OpRead, queue, 100, make([]byte, 512)) }()
+		eventually(t, "the read is about to be tracked", func() bool {
+			stacks := make([]byte, 1<<20)
+			return bytes.Contains(stacks[:runtime.Stack(stacks, true)], []byte("(*trackedReads).begin("))
+		})
+		g.write(0, pattern(2, 4096)).want(t, nil)
+		shard.mu.Unlock()
+		(<-got).wantData(t, g.frozen[100:612])
 	})
 }
 
@@ -233,6 +256,30 @@ func TestInvalidDuringSubmit(t *testing.T) {
 		x.upper.Release()
 		own.want(t, errEIO)
 		g.wantInvalid(x, errInjected)
+	})
+}
+
+// TestInvalidWaitsForAllCopies: a write to the origin has started two copies, one of which fails. It waits for the
+// other all the same, for the reason above.
+func TestInvalidWaitsForAllCopies(t *testing.T) {
+	forEachEngine(t, func(t *testing.T, engine string) {
+		g := newRigWith(t, engine, 64*kib, 4*kib)
+		x := g.snaps[0]
+		g.write(4096, []byte("x")).want(t, nil) // so that the chunks around it are two exceptions
+		x.lower.Fail(failing(matching(block.OpWrite, 2*4096, 4096), errInjected))
+		x.lower.Hold(matching(block.OpWrite, 1*4096, 4096))
+		x.upper.Hold(matching(block.OpWrite, 2*4096, 4096))
+		write := g.write(0, pattern(2, 12*kib))
+		x.lower.WaitHeld(1)
+		x.upper.WaitHeld(1)
+		x.upper.Release()
+		g.wantInvalid(x, errInjected)
+		late := g.write(0, pattern(3, 4096)) // the copy still reads there
+		late.pending(t, "write whose copy is in flight")
+		write.pending(t, "write one of whose copies is in flight")
+		x.lower.Release()
+		write.want(t, nil)
+		late.want(t, nil)
 	})
 }
 
@@ -732,4 +779,26 @@ func TestFUA(t *testing.T) {
 			}
 		}
 	}
+}
+
+// hookedEngine calls a function after each Submit.
+type hookedEngine struct {
+	kcopyd.Engine
+	hook func()
+}
+
+func (e hookedEngine) Submit(j *kcopyd.Job) {
+	e.Engine.Submit(j)
+	e.hook()
+}
+
+// depthCall reports how deep the stack was when it completed.
+type depthCall struct {
+	r    block.Request
+	done chan int
+}
+
+func (c *depthCall) Complete(*block.Request, error) {
+	var stack [1000]uintptr
+	c.done <- runtime.Callers(0, stack[:])
 }

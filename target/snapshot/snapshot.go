@@ -46,22 +46,24 @@ type Config struct {
 // Snapshot is the snapshot target: the origin as it was when the snapshot was added to it, and what was written to
 // the snapshot since. All methods are safe for concurrent use. See the package comment for how it works.
 type Snapshot struct {
+	// What a write to the origin looks at when its chunk has been copied, in one cache line.
+	size       int64
+	chunkShift uint
+	known      knownCopied
+	table      *table
+	cause      atomic.Pointer[error] // why the snapshot is invalid; nil: it is valid
+
 	name        string
 	origin      *Origin
-	size        int64
 	cow         block.Device
 	store       Store
 	chunkSize   cowstore.ChunkSize
-	chunkShift  uint
 	engine      kcopyd.Engine
 	readOnly    bool
 	discards    bool // DiscardZeroesCOW
 	passdown    bool // DiscardPassdownOrigin
 	invalidated func(error)
 
-	cause       atomic.Pointer[error] // why the snapshot is invalid; nil: it is valid
-	table       *table
-	known       knownCopied
 	exceptions  *exceptionPool
 	reads       trackedReads
 	overwritten percpu.Shards[atomic.Uint64] // chunks filled by writes to the snapshot, without a copy

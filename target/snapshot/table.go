@@ -17,8 +17,8 @@ import (
 // Chunks are kept in groups of four consecutive ones, because writes are clustered and a group of one costs as much
 // to find as a group of four. Groups live in slabs that never move; each queue fills slabs of its own, so that queues
 // which insert at the same time do not write to the same cache lines. An open-addressing hash index of 32-bit entries
-// finds the groups. The index alone is rebuilt when it is half full; it is sharded by a hash of the group, and only the
-// insertion of a group and the growth of an index take the shard's lock.
+// finds the groups. The index alone is rebuilt when it is half full; it is sharded by ranges of
+// groups, and only the insertion of a group and the growth of an index take the shard's lock.
 //
 //	shard --> index    [tag:6 | group+1:26] ...                    linear probing, at most half full
 //	directory --> page --> slab    [group group ... group]         group: number, 4 slots
@@ -51,8 +51,9 @@ const (
 	slabGroups  = 512
 	pageSlabs   = 512
 	pagesMax    = 256
-	indexMin    = 8 // entries of a new index
-	runShift    = 3 // 2^runShift consecutive groups share a hash
+	indexMin    = 8  // entries of a new index
+	runShift    = 3  // 2^runShift consecutive groups share a hash
+	rangeShift  = 10 // 2^rangeShift consecutive groups share a shard
 
 	// entryGroupBits bounds the table: 2^26 groups hold 2^28 chunks, in 3 to 14 GiB of memory.
 	entryGroupBits = 26
@@ -99,7 +100,11 @@ func tableHash(number uint64) uint64 {
 	return h * 0xd6e8feb86659fd93
 }
 
-func (t *table) shard(hash uint64) *tableShard { return &t.shards[hash>>58] }
+// shard is where a group is indexed: neighbours over 4096 chunks are indexed together, so that jobs which write to
+// ranges of their own seldom meet in a shard.
+func (t *table) shard(number uint64) *tableShard {
+	return &t.shards[number>>rangeShift*0x9e3779b97f4a7c15>>58]
+}
 
 // entryTag is the part of an entry that tells most groups apart without a look at the group.
 func entryTag(hash, number uint64) uint32 {
@@ -115,7 +120,7 @@ func entryHome(hash, number uint64) uint64 {
 func (t *table) find(chunk cowstore.Chunk) *atomic.Uint64 {
 	number := uint64(chunk) >> groupShift
 	hash := tableHash(number)
-	index := t.shard(hash).index.Load()
+	index := t.shard(number).index.Load()
 	if index == nil {
 		return nil
 	}
@@ -148,40 +153,45 @@ func (t *table) group(i uint32) *group {
 	return &t.directory[n/pageSlabs%pagesMax].Load()[n%pageSlabs].Load()[i%slabGroups]
 }
 
-// insert is the slot of chunk, made if need be on behalf of queue; nil when the table is full.
+// insert is the slot of chunk, whose group find did not find a moment ago; it is made on behalf of queue. nil: the
+// table is full.
 func (t *table) insert(queue block.Queue, chunk cowstore.Chunk) *atomic.Uint64 {
-	if slot := t.find(chunk); slot != nil {
-		return slot
-	}
 	number := uint64(chunk) >> groupShift
-	hash := tableHash(number)
 	i, ok := t.newGroup(queue, number)
 	if !ok {
 		return nil
 	}
 	// A group that another goroutine has inserted meanwhile wins; ours is lost, which only costs its 40 bytes.
-	g := t.shard(hash).insert(t, hash, number, i)
+	g := t.shard(number).insert(t, tableHash(number), number, i)
 	return &g.slots[chunk%groupChunks]
 }
 
 // newGroup gives out a group with its number set.
-func (t *table) newGroup(queue block.Queue, number uint64) (uint32, bool) {
+func (t *table) newGroup(queue block.Queue, number uint64) (i uint32, ok bool) {
 	f := t.fillers.At(uint(queue))
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.next == f.last {
-		n := t.slabs.Add(1) - 1
-		if n >= slabsMax {
-			t.slabs.Add(^uint32(0))
-			return 0, false
-		}
-		t.page(n / pageSlabs)[n%pageSlabs].Store(new(slab))
-		f.next, f.last = n*slabGroups, (n+1)*slabGroups
+	if f.next < f.last || t.refillLocked(f) {
+		i, ok = f.next, true
+		f.next++
 	}
-	i := f.next
-	f.next++
-	t.group(i).number = number
-	return i, true
+	f.mu.Unlock()
+	if ok {
+		t.group(i).number = number
+	}
+	return i, ok
+}
+
+// refillLocked gives f a new slab; false: the table is full.
+// +checklocks:f.mu
+func (t *table) refillLocked(f *slabFiller) bool {
+	n := t.slabs.Add(1) - 1
+	if n >= slabsMax {
+		t.slabs.Add(^uint32(0))
+		return false
+	}
+	t.page(n / pageSlabs)[n%pageSlabs].Store(new(slab))
+	f.next, f.last = n*slabGroups, (n+1)*slabGroups
+	return true
 }
 
 // page is the directory's page i, made if need be.
@@ -196,7 +206,14 @@ func (t *table) page(i uint32) *slabPage {
 // insert puts group i in the index, unless one of its number is there; it gives the one that is there afterwards.
 func (s *tableShard) insert(t *table, hash, number uint64, i uint32) *group {
 	s.mu.Lock()
-	defer s.mu.Unlock()
+	g := s.insertLocked(t, hash, number, i)
+	s.mu.Unlock()
+	return g
+}
+
+// insertLocked does it.
+// +checklocks:s.mu
+func (s *tableShard) insertLocked(t *table, hash, number uint64, i uint32) *group {
 	var index tableIndex
 	if p := s.index.Load(); p != nil {
 		index = *p

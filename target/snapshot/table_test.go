@@ -30,7 +30,7 @@ func TestTableModel(t *testing.T) {
 					t.Fatalf("chunk %d: found %d, it was never inserted", chunk, got.Load())
 				}
 				if rnd.IntN(2) == 0 {
-					at := table.insert(block.Queue(rnd.Uint32()), chunk)
+					at := table.findOrInsert(block.Queue(rnd.Uint32()), chunk)
 					if old := places[chunk]; old != nil && old != at {
 						t.Fatalf("chunk %d has moved", chunk)
 					}
@@ -55,7 +55,7 @@ func TestTableEdges(t *testing.T) {
 		if at := table.find(chunk); at != nil && at.Load() != 0 {
 			t.Errorf("chunk %d: found in an empty table", chunk)
 		}
-		table.insert(0, chunk).Store(uint64(chunk) + 7)
+		table.findOrInsert(0, chunk).Store(uint64(chunk) + 7)
 	}
 	for _, chunk := range []cowstore.Chunk{0, 1, 3, 4, 1 << 47, 1<<48 - 1, 1<<64 - 1} {
 		if at := table.find(chunk); at == nil || at.Load() != uint64(chunk)+7 {
@@ -126,7 +126,7 @@ func claimAll(t *testing.T, table *table, chunks []cowstore.Chunk, owner uint64,
 	start := rnd.IntN(len(chunks))
 	for i := range chunks {
 		chunk := chunks[(start+i)%len(chunks)]
-		at := table.insert(block.Queue(owner), chunk)
+		at := table.findOrInsert(block.Queue(owner), chunk)
 		if at.CompareAndSwap(0, owner) {
 			mine[chunk] = true
 		}
@@ -169,7 +169,7 @@ func TestTableMemory(t *testing.T) {
 			exceptions := 0
 			for i := range test.count {
 				chunk := test.chunk(i)
-				if x.insert(block.Queue(i), chunk).CompareAndSwap(0, uint64(copied)) {
+				if x.findOrInsert(block.Queue(i), chunk).CompareAndSwap(0, uint64(copied)) {
 					exceptions++
 					known.add(chunk)
 				}
@@ -272,7 +272,7 @@ var filled = sync.OnceValues(func() (*table, []cowstore.Chunk) {
 	chunks := make([]cowstore.Chunk, million)
 	for i := range chunks {
 		chunks[i] = cowstore.Chunk(rnd.Uint64N(1<<28) * 2)
-		x.insert(block.Queue(i), chunks[i]).Store(uint64(copied))
+		x.findOrInsert(block.Queue(i), chunks[i]).Store(uint64(copied))
 	}
 	return x, chunks
 })
@@ -294,7 +294,7 @@ func BenchmarkTable(b *testing.B) {
 				if i%million == 0 {
 					current.Store(newTable())
 				}
-				current.Load().insert(block.Queue(i>>32), chunks[i%million]).CompareAndSwap(0, 1)
+				current.Load().findOrInsert(block.Queue(i>>32), chunks[i%million]).CompareAndSwap(0, 1)
 				return true
 			})
 		})
@@ -322,4 +322,12 @@ func benchEach(b *testing.B, parallel bool, f func(i int) bool) {
 			}
 		}
 	})
+}
+
+// findOrInsert is the slot of chunk, made if need be.
+func (t *table) findOrInsert(queue block.Queue, chunk cowstore.Chunk) *atomic.Uint64 {
+	if at := t.find(chunk); at != nil {
+		return at
+	}
+	return t.insert(queue, chunk)
 }

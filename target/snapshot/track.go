@@ -30,6 +30,7 @@ type trackedRead struct {
 	start, end cowstore.Chunk // half-open
 	blocked    []*exception   // that wait for this read
 	prev, next *trackedRead
+	_          percpu.Pad
 }
 
 // begin tracks a read of the chunks [start, end).

@@ -98,7 +98,7 @@ func (s *Snapshot) writeNew(r *block.Request) bool {
 		s.exceptions.wait(r, s)
 		return true
 	}
-	if s.claim(e, end) == 0 || !s.allocate(e) {
+	if s.claim(e, s.table.find(start), end) == 0 || !s.allocate(e) {
 		return false
 	}
 	if !s.covers(start, r.Offset, r.End()) {
