@@ -34,12 +34,13 @@ func Shards() int { return percpu.Count() }
 //  3. Space is refused only when there is none: what one queue has taken is never lost to the others.
 type Transient struct {
 	chunkSize ChunkSize
-	stripe    Chunk // chunks of a stripe
+	// Chunks of a stripe.
+	stripe Chunk // +checklocksignore: set once
 	// Chunks that may be used: what fits the device and the limit.
 	total   Chunk // +checklocksignore: set once
 	sectors block.Sector
 
-	batches percpu.Shards[batch]
+	batches percpu.Shards[batch] // +checklocksignore: set once
 
 	mu sync.Mutex
 	// Chunks of all stripes that were taken.

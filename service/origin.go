@@ -99,7 +99,7 @@ func (d *Daemon) Attach(r api.AttachRequest) (api.Device, error) {
 		return api.Device{}, fmt.Errorf("attach %q: %w", r.Name, err)
 	}
 	o.backing = made
-	o.target = snapshot.NewOrigin(made)
+	o.target = snapshot.NewOrigin(made.leaf) // not made, which has none of the leaf's optional powers
 	o.device = dm.NewDevice(r.Name, o.target, r.ReadOnly)
 	o.bus.publish(api.Event{Type: api.EventDeviceAttached, Name: o.name})
 	o.set(live)

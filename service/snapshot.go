@@ -128,7 +128,7 @@ func (d *Daemon) makeSnap(o *origin, r api.SnapshotRequest) (*snap, error) {
 	s.target, err = snapshot.New(snapshot.Config{
 		Name:                  r.Name,
 		Origin:                o.target,
-		COW:                   cow,
+		COW:                   cow.leaf,
 		Store:                 cowstore.NewTransient(cow.Size(), r.MaxCOWBytes, chunk),
 		ChunkSize:             chunk,
 		Engine:                s.engine,

@@ -686,6 +686,25 @@ func TestStaleException(t *testing.T) {
 	})
 }
 
+// TestWaitForAnIdleException: a request found no exception, and before it waits for one all have become idle. Nobody
+// would wake it later.
+func TestWaitForAnIdleException(t *testing.T) {
+	forEachEngine(t, func(t *testing.T, engine string) {
+		g := newRig(t, engine, 64*kib)
+		x := g.take(Config{ChunkSize: 4 * kib, PendingMax: 1})
+		g.write(0, []byte("x")).want(t, nil)
+		eventually(t, "the exception is idle", func() bool { return x.exceptions.inUse() == 0 })
+		c := newCall(block.OpWrite, 0, 8192, 1, []byte("y"))
+		x.exceptions.wait(&c.r, g.origin)
+		c.want(t, nil)
+		own := newCall(block.OpWrite, 0, 20_000, 1, []byte("z"))
+		x.exceptions.wait(&own.r, x)
+		own.want(t, nil)
+		g.frozen[20_000] = 'z'
+		g.wantFrozen(x)
+	})
+}
+
 // TestSuspendWithWaiters: what waits inside the targets when a suspend begins is served; what comes later is kept.
 func TestSuspendWithWaiters(t *testing.T) {
 	forEachEngine(t, func(t *testing.T, engine string) {
