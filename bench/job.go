@@ -18,8 +18,8 @@ const latencyMax = int64(10 * time.Second)
 // job is one submitter: a goroutine on a queue of its own that keeps depth requests in flight until each offset of
 // its list has been written (or read) once.
 //
-// A completion may come on any goroutine. One that comes before Submit returns is found by the job without more ado; a
-// later one pushes the op on a stack that the job empties, and wakes the job only if it sleeps.
+// A completion may come on any goroutine; it pushes the op on a stack that the job empties, and wakes the job only if
+// it sleeps. All completions take this way, whatever the device and the engine.
 type job struct {
 	device  block.Device
 	queue   block.Queue
@@ -39,19 +39,10 @@ type job struct {
 	_       percpu.Pad
 }
 
-// States of an op: it is inflight until either its completion or its job, back from Submit, comes; who comes second
-// finds who was first.
-const (
-	inflight uint32 = iota
-	ended           // the completion was first: the job goes on with it
-	left            // the job was first: the completion hands the op back
-)
-
 // op is a request slot of a job.
 type op struct {
 	r          block.Request
 	job        *job
-	state      atomic.Uint32
 	start, end int64 // nanoseconds since the job's epoch
 	err        error
 	next       *op
@@ -80,9 +71,6 @@ func newJob(device block.Device, queue block.Queue, depth int, what block.Op, si
 func (o *op) Complete(_ *block.Request, err error) {
 	j := o.job
 	o.end, o.err = j.now(), err
-	if o.state.Swap(ended) != left {
-		return
-	}
 	for {
 		head := j.finished.Load()
 		o.next = head
@@ -105,30 +93,27 @@ func (j *job) run() {
 		j.ops[i].next = idle
 		idle = &j.ops[i]
 	}
-	waiting, now := 0, j.now()
-	for j.err == nil && (len(j.offsets) > 0 || waiting > 0) {
+	inflight, now := 0, j.now()
+	for j.err == nil && (len(j.offsets) > 0 || inflight > 0) {
 		if idle == nil || len(j.offsets) == 0 {
-			idle, waiting = j.reap(j.harvest(), idle, waiting)
+			idle, inflight = j.reap(j.harvest(), idle, inflight)
 			now = j.now()
 			continue
 		}
 		o := idle
-		if j.submit(o, now); o.state.Load() == ended {
-			j.record(o)
-			now = o.end
+		idle = o.next
+		j.submit(o, now)
+		inflight++
+		if j.finished.Load() == nil {
+			now = j.now()
 			continue
 		}
-		idle = o.next
-		if o.state.CompareAndSwap(inflight, left) {
-			waiting++
-		} else {
-			j.record(o)
-			o.next, idle = idle, o
+		done := j.finished.Swap(nil)
+		now = done.end
+		if done != o || done.next != nil {
+			now = j.now()
 		}
-		if done := j.finished.Swap(nil); done != nil {
-			idle, waiting = j.reap(done, idle, waiting)
-		}
-		now = j.now()
+		idle, inflight = j.reap(done, idle, inflight)
 	}
 }
 
@@ -138,22 +123,21 @@ func (j *job) submit(o *op, now int64) {
 	o.r.Offset, o.r.Length = int64(j.offsets[0])*j.stride, j.size
 	j.offsets = j.offsets[1:]
 	o.start = now
-	o.state.Store(inflight)
 	o.r.Push(o)
 	j.device.Submit(&o.r)
 }
 
 // reap records the finished ops and adds them to the idle ones.
-func (j *job) reap(done, idle *op, waiting int) (*op, int) {
+func (j *job) reap(done, idle *op, inflight int) (*op, int) {
 	for done != nil {
 		next := done.next
 		j.record(done)
 		done.next = idle
 		idle = done
-		waiting--
+		inflight--
 		done = next
 	}
-	return idle, waiting
+	return idle, inflight
 }
 
 // harvest gives all finished ops, waiting for one if need be.

@@ -37,6 +37,53 @@ const (
 	soakUsers   = 3 // of each snapshot
 )
 
+// TestClaims: goroutines write to the same chunk at the same moment, again and again. Each chunk is copied once.
+func TestClaims(t *testing.T) {
+	const (
+		goroutines = 2
+		chunks     = 20_000
+		size       = chunks * 4 * kib
+	)
+	forEachEngine(t, func(t *testing.T, engine string) {
+		e := newEngine(engine)
+		origin := NewOrigin(newRAM(size))
+		s, err := New(Config{
+			Origin: origin, COW: newRAM(size), Store: cowstore.NewTransient(size, 0, 4*kib), ChunkSize: 4 * kib, Engine: e,
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := origin.Add(s); err != nil {
+			t.Fatal(err)
+		}
+		dev := dm.NewDevice("origin", origin, false)
+		var all sync.WaitGroup
+		var arrived atomic.Int64
+		for i := range goroutines {
+			all.Go(func() {
+				c := &call{done: make(chan error, 1)}
+				for chunk := range int64(chunks) {
+					arrived.Add(1)
+					for arrived.Load() < (chunk+1)*goroutines {
+						runtime.Gosched()
+					}
+					at := chunk*4*kib + int64(i)
+					if err := c.do(dev, block.OpWrite, block.Queue(i), at, at+1, []byte{1}); err != nil {
+						t.Error(err)
+					}
+				}
+			})
+		}
+		all.Wait()
+		if st := s.Status(); st.Allocated != block.SectorFloor(size) || st.Invalid != nil {
+			t.Errorf("%v: %d sectors are allocated, want %d", st.Invalid, st.Allocated, block.SectorFloor(size))
+		}
+		if err := e.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // soak is an origin under load.
 type soak struct {
 	t      *testing.T
