@@ -134,9 +134,9 @@ func testSoak(t *testing.T, breaking bool) {
 }
 
 func runSoak(t *testing.T, config worldConfig, breaking bool, from uint64) {
-	rounds := 60
+	rounds := 30
 	if invariant.Enabled {
-		rounds = 10
+		rounds = 8
 	}
 	k := &soak{t: t, config: config, breaking: breaking, rnd: rand.New(rand.NewPCG(from, 1)), engine: newEngine(config.engine)}
 	k.ram = newSparseRAM(soakSize)

@@ -718,9 +718,9 @@ func TestModel(t *testing.T) {
 		t.Run(config.String(), func(t *testing.T) {
 			rnd := rand.New(rand.NewPCG(from, 0))
 			steps := map[string]int{}
-			worlds := 12
+			worlds := 8
 			if invariant.Enabled {
-				worlds = 4
+				worlds = 3
 			}
 			for range worlds {
 				w := newWorld(t, config, func(_ string, limit int) int { return rnd.IntN(limit) })

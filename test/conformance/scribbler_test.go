@@ -1,0 +1,143 @@
+package conformance
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"sync"
+
+	"cowherd/block"
+)
+
+// A scribbler writes to an export until that fails, and keeps books. A block belongs to one goroutine, which writes one
+// block at a time: each write fills the block with its number and the number of the write, from 1. So whatever becomes
+// of the daemon, a block must hold the last write that was acknowledged, or the one that was on its way.
+type scribbler struct {
+	d       *daemon
+	workers []*scribe
+	running sync.WaitGroup
+}
+
+// scribe is one goroutine with a connection of its own. Its fields are its own until the scribbler has been waited for.
+type scribe struct {
+	first  int      // its first block; the others are every scribes-th
+	issued []uint32 // by block of its own: the last write that was sent
+	acked  []uint32 // the last that was acknowledged
+	err    error
+	enough chan struct{} // closed when it has written something worth losing, or can write no more
+}
+
+const (
+	scribes     = 4
+	scribeBlock = 4 * kib
+	// scribeFlush is how many writes come before a flush.
+	scribeFlush = 32
+	// scribeEnough is how many writes are enough for a test to go on.
+	scribeEnough = 200
+)
+
+// scribble starts to write to all of an export of size bytes.
+func scribble(d *daemon, export string, size int64) *scribbler {
+	d.t.Helper()
+	s := &scribbler{d: d}
+	for i := range scribes {
+		device := d.open(export, 1)
+		count := int(size) / scribeBlock / scribes
+		w := &scribe{first: i, issued: make([]uint32, count), acked: make([]uint32, count), enough: make(chan struct{})}
+		s.workers = append(s.workers, w)
+		s.running.Go(func() {
+			w.run(device)
+			w.err = errors.Join(w.err, device.Close())
+		})
+	}
+	return s
+}
+
+// run writes until a write fails.
+func (w *scribe) run(device block.Device) {
+	random := rand.New(rand.NewPCG(uint64(w.first), 0))
+	p := make([]byte, scribeBlock)
+	n := 0
+	defer func() {
+		if n < scribeEnough {
+			close(w.enough)
+		}
+	}()
+	for {
+		i := random.IntN(len(w.issued))
+		w.issued[i]++
+		w.fill(p, i, w.issued[i])
+		if block.Write(device, p, w.offset(i)) != nil {
+			return
+		}
+		w.acked[i] = w.issued[i]
+		n++
+		if n == scribeEnough {
+			close(w.enough)
+		}
+		if n%scribeFlush == 0 && block.Flush(device) != nil {
+			return
+		}
+	}
+}
+
+// offset is where the scribe's block i lies.
+func (w *scribe) offset(i int) int64 { return int64(i*scribes+w.first) * scribeBlock }
+
+// fill makes p write number n of block i.
+func (w *scribe) fill(p []byte, i int, n uint32) {
+	for at := 0; at < len(p); at += 8 {
+		binary.LittleEndian.PutUint32(p[at:], uint32(i*scribes+w.first))
+		binary.LittleEndian.PutUint32(p[at+4:], n)
+	}
+}
+
+// waitEnough waits until every scribe has written something.
+func (s *scribbler) waitEnough() {
+	for _, w := range s.workers {
+		<-w.enough
+	}
+}
+
+// check waits until the scribes have ended, and compares the image with their books.
+func (s *scribbler) check(image string) {
+	t := s.d.t
+	t.Helper()
+	s.running.Wait()
+	held, err := os.ReadFile(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	writes := 0
+	for _, w := range s.workers {
+		if w.err != nil {
+			t.Error(w.err)
+		}
+		for i := range w.issued {
+			writes += int(w.acked[i])
+			if err := w.checkBlock(i, held[w.offset(i):w.offset(i)+scribeBlock]); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	t.Logf("%d writes were acknowledged", writes)
+}
+
+// checkBlock checks what the image holds of block i.
+func (w *scribe) checkBlock(i int, p []byte) error {
+	n := binary.LittleEndian.Uint32(p[4:])
+	if n < w.acked[i] || n > w.issued[i] {
+		return fmt.Errorf("block %d holds write %d; %d was acknowledged, %d sent", i*scribes+w.first, n, w.acked[i], w.issued[i])
+	}
+	if n == 0 {
+		return nil // never written
+	}
+	want := make([]byte, scribeBlock)
+	w.fill(want, i, n)
+	if string(want) != string(p) {
+		return fmt.Errorf("block %d is torn", i*scribes+w.first)
+	}
+	return nil
+}
