@@ -1,6 +1,7 @@
 package metamorphic
 
 import (
+	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
 
@@ -47,11 +48,17 @@ func (o op) data() []byte {
 // fill fills p with the sequence of a stamp.
 func fill(p []byte, stamp uint64) {
 	x := stamp*0x9e3779b97f4a7c15 + 1
-	for i := range p {
+	next := func() uint64 {
 		x ^= x << 13
 		x ^= x >> 7
 		x ^= x << 17
-		p[i] = byte(x >> 32)
+		return x
+	}
+	for ; len(p) >= 8; p = p[8:] {
+		binary.LittleEndian.PutUint64(p, next())
+	}
+	for i, last := 0, next(); i < len(p); i++ {
+		p[i] = byte(last >> (8 * i))
 	}
 }
 
