@@ -156,6 +156,9 @@ func TestShutdownGivesUp(t *testing.T) {
 	s := startServer(t, Config{}, &Export{Name: "disk", Device: newFileDevice(t, 8<<20)})
 	c := s.dial()
 	c.enter("disk", false)
+	for s.phaseOf(0) == nil { // the client is told a little before the server's side begins
+		time.Sleep(time.Millisecond)
+	}
 	for i := range 8 {
 		c.request(cmdRead, 0, uint64(i), 0, 8<<20)
 	}
@@ -230,6 +233,9 @@ func TestWriteTimeout(t *testing.T) {
 		&Export{Name: "disk", Device: newFileDevice(t, 8<<20)})
 	c := s.dial()
 	c.enter("disk", false)
+	for s.phaseOf(0) == nil { // the client is told a little before the server's side begins
+		time.Sleep(time.Millisecond)
+	}
 	for i := range 8 {
 		c.request(cmdRead, 0, uint64(i), 0, 8<<20)
 	}
