@@ -151,6 +151,14 @@ func (s *testServer) phaseOf(i int) *conn {
 	return nil
 }
 
+// connections waits for so many connections: a client is told of its own a little before the server's side begins.
+func (s *testServer) connections(count int) []ConnectionInfo {
+	for s.phaseOf(count-1) == nil {
+		time.Sleep(time.Millisecond)
+	}
+	return s.Connections()
+}
+
 // TestShutdownGivesUp: a client that takes no replies is cut off when the context ends.
 func TestShutdownGivesUp(t *testing.T) {
 	s := startServer(t, Config{}, &Export{Name: "disk", Device: newFileDevice(t, 8<<20)})
@@ -296,7 +304,7 @@ func TestConnections(t *testing.T) {
 	a.expectSimple(1, 0)
 	a.request(cmdRead, 0, 1, testSize, 1)
 	a.expectError(true, 1, wireInvalid)
-	got := s.Connections()
+	got := s.connections(2)
 	if len(got) != 2 {
 		t.Fatalf("%+v", got)
 	}
@@ -514,7 +522,7 @@ func TestTCP(t *testing.T) {
 	c.enter("disk", true)
 	c.request(cmdWrite, 0, 1, 0, 4, "abcd")
 	c.expectSimple(1, 0)
-	if got := s.Connections()[0].Client; got != conn.LocalAddr().String() {
+	if got := s.connections(1)[0].Client; got != conn.LocalAddr().String() {
 		t.Errorf("client %q", got)
 	}
 	if err := s.Shutdown(testContext(t)); err != nil {

@@ -142,7 +142,7 @@ func TestTLSRequired(t *testing.T) {
 	c.expectReply(optList, repServer, text("disk"), "a test's")
 	c.expectReply(optList, repAck)
 	c.goTo("disk")
-	if !s.Connections()[0].TLS {
+	if !s.connections(1)[0].TLS {
 		t.Error("the connection is not shown as encrypted")
 	}
 	data := make([]byte, 700<<10)
