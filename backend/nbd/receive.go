@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"cowherd/internal/invariant"
 	"encoding/binary"
 	"errors"
 	"io"
@@ -77,6 +78,7 @@ func (c *conn) discard(n int) error {
 func (c *conn) read(p []byte) error {
 	c.beforeWait(len(p))
 	_, err := io.ReadFull(c.in, p)
+	invariant.Crossing()
 	return err
 }
 

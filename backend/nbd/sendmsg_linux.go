@@ -5,6 +5,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"cowherd/internal/invariant"
 )
 
 // sendmsg writes the chunks, none of which may be empty, to a socket without waiting; as many as fit in iovecs. The
@@ -18,6 +20,7 @@ func sendmsg(fd uintptr, chunks [][]byte, iovecs *[2 * batchMax]unix.Iovec) (int
 	var message unix.Msghdr
 	message.Iov = &iovecs[0]
 	message.SetIovlen(count)
+	invariant.Crossing()
 	n, _, errno := syscall.Syscall(syscall.SYS_SENDMSG, fd, uintptr(unsafe.Pointer(&message)),
 		unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
 	clear(iovecs[:count]) // the data is the requests' owners' again

@@ -12,6 +12,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"cowherd/internal/invariant"
 )
 
 // A wire is the byte stream of a connection in the transmission phase. One goroutine reads; writers take turns
@@ -92,6 +94,7 @@ func (s *socket) Read(p []byte) (int, error) {
 func receiveNow(fd int, p []byte) (int, syscall.Errno) {
 	n, _, errno := unix.RawSyscall6(unix.SYS_RECVFROM, uintptr(fd),
 		uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), unix.MSG_DONTWAIT, 0, 0)
+	invariant.Crossing()
 	return int(n), errno
 }
 
@@ -101,6 +104,7 @@ func receive(fd int, p []byte) (int, syscall.Errno) {
 		n, _, errno := unix.Syscall6(unix.SYS_RECVFROM, uintptr(fd),
 			uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), 0, 0, 0)
 		if errno != unix.EINTR {
+			invariant.Crossing()
 			return int(n), errno
 		}
 	}
@@ -135,6 +139,7 @@ func (s *socket) Write(p []byte) (int, error) {
 
 // sendNow sends what there is room for, without waiting. The scheduler is not told of the call.
 func sendNow(fd int, p []byte) (int, syscall.Errno) {
+	invariant.Crossing()
 	n, _, errno := unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))),
 		uintptr(len(p)), unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, 0, 0)
 	return int(n), errno
@@ -142,6 +147,7 @@ func sendNow(fd int, p []byte) (int, syscall.Errno) {
 
 // send sends some of p, and waits for room, or until the socket's time is up.
 func send(fd int, p []byte) (int, syscall.Errno) {
+	invariant.Crossing()
 	n, _, errno := unix.Syscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))),
 		uintptr(len(p)), unix.MSG_NOSIGNAL, 0, 0)
 	return int(n), errno

@@ -93,7 +93,7 @@ func newList(seed uint64, steps int) *list {
 		l.grain = 1
 	}
 	// Never a whole number of chunks.
-	l.size = (500_000+random.Int64N(1_000_000))/l.grain*l.grain + l.grain
+	l.size = (200_000+random.Int64N(500_000))/l.grain*l.grain + l.grain
 	m := &maker{list: l, random: random}
 	for range steps {
 		l.steps = append(l.steps, m.step())
@@ -170,9 +170,11 @@ func (m *maker) io() op {
 		}
 	case n < 18 && m.takesDiscards(o.on):
 		o.kind = block.OpDiscard
-	default:
+	case n < 19:
 		o.kind = block.OpFlush
 		return o
+	default:
+		o.kind = block.OpRead
 	}
 	if o.kind.Writes() && o.kind != block.OpDiscard && m.random.IntN(8) == 0 {
 		o.flags |= block.FUA
@@ -193,13 +195,13 @@ func (m *maker) takesDiscards(on int) bool {
 // area gives o a range: anything, something like a chunk, or much; now and then the end of the device, or all of it.
 func (m *maker) area(o op) op {
 	unit := max(m.grain, []int64{1, 512, 4096, 65536}[m.random.IntN(4)])
-	most := []int64{5000, 70_000, 70_000, 400_000}[m.random.IntN(4)]
+	most := []int64{1000, 10_000, 70_000, 200_000}[m.random.IntN(4)]
 	o.offset = m.random.Int64N(m.size/unit) * unit
 	o.length = max(unit, m.random.Int64N(most)/unit*unit)
-	if m.random.IntN(20) == 0 {
+	if m.random.IntN(40) == 0 {
 		o.offset, o.length = 0, m.size
 	}
-	if left := m.size - o.offset; o.length > left || m.random.IntN(15) == 0 {
+	if left := m.size - o.offset; o.length > left || m.random.IntN(30) == 0 {
 		o.length = left
 	}
 	return o

@@ -29,13 +29,23 @@ import (
 	"testing"
 
 	"go.uber.org/goleak"
+
+	"cowherd/internal/invariant"
 )
 
 var (
 	oneSeed     = flag.Uint64("seed", 0, "the only seed to try; 0: those that -seeds says")
 	seedCount   = flag.Uint64("seeds", 4, "try the seeds from 1 to this")
-	stepCount   = flag.Int("steps", 400, "steps of a list")
-	configCount = flag.Int("configs", 10, "configurations that a list is done in")
+	stepCount   = flag.Int("steps", stepsDefault(), "steps of a list")
+	configCount = flag.Int("configs", 8, "configurations that a list is done in")
 )
+
+// stepsDefault is less under the race detector, which takes many times as long.
+func stepsDefault() int {
+	if invariant.Enabled {
+		return 120
+	}
+	return 300
+}
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
