@@ -66,8 +66,8 @@ func fioVerify(t testing.TB, uri string, size int64) {
 }
 
 // TestFioWhileSnapshotsComeAndGo lets fio write and verify an origin while every 100 ms a snapshot is taken and another
-// dropped. All blocks have a checksum before the first snapshot is taken, so every snapshot, whenever it was taken, must
-// hold a block with a right checksum everywhere: the origin's writes are wholly in it or not at all.
+// dropped. All blocks have a checksum before the first snapshot is taken, so every snapshot, whenever it was taken,
+// must hold a block with a right checksum everywhere: the origin's writes are wholly in it or not at all.
 func TestFioWhileSnapshotsComeAndGo(t *testing.T) {
 	need(t, "fio")
 	for _, engine := range engines {

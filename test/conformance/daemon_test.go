@@ -28,8 +28,6 @@ type daemon struct {
 	dir                    string // short enough for sockets
 	control, socket, state string
 	api                    *api.Client
-	// faults allows errors in the log.
-	faults bool
 
 	cmd    *exec.Cmd
 	log    *lockedBuffer
@@ -204,7 +202,7 @@ func (d *daemon) stop() {
 func (d *daemon) checkLog() {
 	d.t.Helper()
 	for _, bad := range []string{"panic", "DATA RACE", "fatal error", "level=ERROR"} {
-		if strings.Contains(d.log.String(), bad) && (!d.faults || bad != "level=ERROR") {
+		if strings.Contains(d.log.String(), bad) {
 			d.t.Errorf("the daemon's log has %q:\n%s", bad, d.log)
 		}
 	}

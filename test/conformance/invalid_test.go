@@ -13,8 +13,8 @@ import (
 	"cowherd/block"
 )
 
-// TestInvalidUnderLoad lets a snapshot run out of its COW space while fio writes the origin: fio notices nothing, all I/O
-// of the snapshot fails, everybody is told why, and the origin's other snapshot stays right.
+// TestInvalidUnderLoad lets a snapshot run out of its COW space while fio writes the origin: fio notices nothing, all
+// I/O of the snapshot fails, everybody is told why, and the origin's other snapshot stays right.
 func TestInvalidUnderLoad(t *testing.T) {
 	need(t, "fio", "qemu-io", "nbdcopy")
 	for _, engine := range engines {
@@ -202,7 +202,9 @@ func TestCommandsOfIdleClient(t *testing.T) {
 		client.expect(x.answer)
 	}
 	want := map[string]api.Command{
-		"write": {Requests: 2, Bytes: 2*mib + 4*kib}, "read": {Requests: 1, Bytes: mib}, "write_zeroes": {Requests: 1, Bytes: mib},
+		"write":        {Requests: 2, Bytes: 2*mib + 4*kib},
+		"read":         {Requests: 1, Bytes: mib},
+		"write_zeroes": {Requests: 1, Bytes: mib},
 	}
 	users := d.status("vm").Users
 	for kind, n := range want {

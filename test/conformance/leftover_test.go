@@ -64,17 +64,17 @@ func cycle(d *daemon, i int) error {
 	}
 }
 
-// TestNothingLeftBehind lets a daemon do the same again and again: the number of its open files stays what it was, and
-// no COW space stays without a snapshot.
+// TestNothingLeftBehind lets a daemon do the same again and again: no file and no connection stays open.
 func TestNothingLeftBehind(t *testing.T) {
 	t.Parallel()
+	const cycles = 20
 	d := startDaemon(t)
 	if err := os.WriteFile(filepath.Join(d.dir, "disk.img"), make([]byte, mib), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	d.api.Close()
-	before := d.openFiles()
-	for i := range 20 {
+	before := len(d.filesOf())
+	for i := range cycles {
 		if err := cycle(d, i); err != nil {
 			t.Fatal(err)
 		}
@@ -83,8 +83,13 @@ func TestNothingLeftBehind(t *testing.T) {
 		t.Errorf("left on the list:\n%s", out)
 	}
 	d.api.Close() // its idle connections
-	eventually(t, fmt.Sprintf("the open files to be %d again", before), func() bool { return d.openFiles() == before })
-	for _, path := range d.filesOf() {
+	// The runtime may have opened one or two of its own; what is forgotten is forgotten in each cycle.
+	var files []string
+	eventually(t, "the daemon to close its files", func() bool {
+		files = d.filesOf()
+		return len(files) < before+cycles/2
+	})
+	for _, path := range files {
 		if strings.Contains(path, "deleted") || strings.Contains(path, "disk.img") {
 			t.Errorf("still open: %s", path)
 		}
@@ -107,10 +112,8 @@ func (d *daemon) filesOf() (paths []string) {
 	return paths
 }
 
-func (d *daemon) openFiles() int { return len(d.filesOf()) }
-
-// TestNoGoroutinesLeft runs a daemon in this process: when all devices are gone it has as many goroutines as before, and
-// when it has stopped it has none.
+// TestNoGoroutinesLeft runs a daemon in this process: when all devices are gone it has as many goroutines as before,
+// and when it has stopped it has none.
 func TestNoGoroutinesLeft(t *testing.T) {
 	for _, engine := range engines {
 		before := runtime.NumGoroutine()

@@ -41,17 +41,32 @@ func TestTerminate(t *testing.T) {
 // TestTerminateFlushes: what nobody has asked to be flushed is flushed at the end.
 func TestTerminateFlushes(t *testing.T) {
 	t.Parallel()
-	need(t, "strace", "qemu-io")
+	need(t, "strace")
 	d := prepare(t)
 	trace := filepath.Join(d.dir, "trace")
-	cmd := d.command("--ready-fd", "3")
-	cmd.Args = append([]string{"strace", "-f", "-y", "-e", "trace=fdatasync,fsync", "-o", trace}, cmd.Args...)
-	cmd.Path, _ = exec.LookPath("strace")
 	if r := runProgram(t, nil, "strace", "-o", trace, "true"); r.status != 0 {
 		t.Skipf("strace does not work here: %s", r.stderr)
 	}
-	d.launch(cmd)
-	image := filepath.Join(d.dir, "flushed.img") // on a disk if possible
+	d.launch(exec.Command("strace", append([]string{"-f", "-y", "-e", "trace=fdatasync,fsync", "-o", trace},
+		d.command("--ready-fd", "3").Args...)...))
+	v, err := d.api.Version(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop := func() {
+		if err := syscall.Kill(v.PID, syscall.SIGTERM); err != nil {
+			t.Error(err)
+		}
+		if status := d.wait(); status != 0 { // strace ends as the daemon does
+			t.Errorf("exit status %d", status)
+		}
+	}
+	t.Cleanup(func() {
+		if d.running() {
+			stop()
+		}
+	})
+	image := filepath.Join(d.dir, "flushed.img")
 	if err := os.WriteFile(image, make([]byte, mib), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -63,26 +78,11 @@ func TestTerminateFlushes(t *testing.T) {
 	if text, err := os.ReadFile(trace); err != nil || strings.Contains(string(text), image) {
 		t.Errorf("flushed before the end (%v): %s", err, text)
 	}
-	d.signalDaemon()
-	if status := d.wait(); status != 0 {
-		t.Errorf("exit status %d", status)
-	}
+	stop()
 	d.checkLog()
 	d.checkLeft()
-	if text, err := os.ReadFile(trace); err != nil || !strings.Contains(string(text), "flushed.img>)") {
+	if text, err := os.ReadFile(trace); err != nil || !strings.Contains(string(text), image) {
 		t.Errorf("not flushed at the end (%v): %s", err, text)
-	}
-}
-
-// signalDaemon asks a daemon to end that runs below another program.
-func (d *daemon) signalDaemon() {
-	d.t.Helper()
-	v, err := d.api.Version(d.t.Context())
-	if err != nil {
-		d.t.Fatal(err)
-	}
-	if err := syscall.Kill(v.PID, syscall.SIGTERM); err != nil {
-		d.t.Fatal(err)
 	}
 }
 

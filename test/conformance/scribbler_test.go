@@ -129,7 +129,8 @@ func (s *scribbler) check(image string) {
 func (w *scribe) checkBlock(i int, p []byte) error {
 	n := binary.LittleEndian.Uint32(p[4:])
 	if n < w.acked[i] || n > w.issued[i] {
-		return fmt.Errorf("block %d holds write %d; %d was acknowledged, %d sent", i*scribes+w.first, n, w.acked[i], w.issued[i])
+		return fmt.Errorf("block %d holds write %d; %d was acknowledged, %d sent", i*scribes+w.first, n, w.acked[i],
+			w.issued[i])
 	}
 	if n == 0 {
 		return nil // never written

@@ -121,7 +121,8 @@ func TestTLS(t *testing.T) {
 	image, other := randomImage(t, size, 15), randomImage(t, size, 16)
 	d.do("attach", "vm", emptyImage(t, size))
 	uris := d.status("vm").URIs
-	if len(uris) != 2 || !strings.HasPrefix(uris[0], "nbds+unix:///vm?") || !strings.HasPrefix(uris[1], "nbds://127.0.0.1:") {
+	const tcp = "nbds://127.0.0.1:"
+	if len(uris) != 2 || !strings.HasPrefix(uris[0], "nbds+unix:///vm?") || !strings.HasPrefix(uris[1], tcp) {
 		t.Errorf("URIs %q", uris)
 	}
 	client := a.issue(0)
@@ -133,7 +134,7 @@ func TestTLS(t *testing.T) {
 	tool(t, "cmp", image, fetch(t, d.secure("vm@a", client), "--connections=4"))
 	tool(t, "cmp", other, fetch(t, remote))
 
-	address := strings.TrimSuffix(strings.TrimPrefix(uris[1], "nbds://127.0.0.1:"), "/vm")
+	address := strings.TrimSuffix(strings.TrimPrefix(uris[1], tcp), "/vm")
 	qemu := func(export, dir string) []string {
 		return []string{"compare", "--object", "tls-creds-x509,id=tls0,endpoint=client,dir=" + dir, "--image-opts",
 			"driver=raw,file.driver=nbd,file.host=127.0.0.1,file.port=" + address + ",file.export=" + export +
@@ -178,7 +179,9 @@ func TestTLSClientCertificates(t *testing.T) {
 	good := a.issue(3, "client")
 	tool(t, "cmp", image, fetch(t, d.secure("vm@a", good), "--connections=2"))
 	for what, dir := range map[string]string{
-		"no certificate": a.issue(0), "a revoked one": a.issue(4, "client"), "a stranger's": newAuthority(t).issue(3, "client"),
+		"no certificate": a.issue(0),
+		"a revoked one":  a.issue(4, "client"),
+		"a stranger's":   newAuthority(t).issue(3, "client"),
 	} {
 		if r := runProgram(t, nil, "nbdinfo", "--size", d.secure("vm@a", dir)); r.status == 0 {
 			t.Errorf("%s was served", what)

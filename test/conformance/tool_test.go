@@ -117,7 +117,7 @@ func sumFile(t testing.TB, path string) string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// copyFile copies a file, sparsely or not.
+// copyFile copies a file.
 func copyFile(t testing.TB, from string) (to string) {
 	t.Helper()
 	data, err := os.ReadFile(from)
