@@ -103,7 +103,8 @@ func TestTransientTotal(t *testing.T) {
 			t.Errorf("%+v: got %d chunks", test, got)
 		}
 		allocated, total, metadata := s.Usage()
-		if want := block.SectorFloor(int64(got) * int64(test.chunk)); allocated != want || total != test.sectors || metadata != 0 {
+		want := block.SectorFloor(int64(got) * int64(test.chunk))
+		if allocated != want || total != test.sectors || metadata != 0 {
 			t.Errorf("%+v: usage %d/%d %d", test, allocated, total, metadata)
 		}
 	}
@@ -224,7 +225,7 @@ func TestTransientSteal(t *testing.T) {
 	}
 }
 
-// TestTransientStripes: a queue takes consecutive chunks from stripes of its own, and others only when it has none left.
+// TestTransientStripes: a queue takes consecutive chunks from stripes of its own, others' only when it has none left.
 func TestTransientStripes(t *testing.T) {
 	for _, chunkSize := range []ChunkSize{ChunkSizeMin, 64 << 10, 512 << 10, 1 << 20, ChunkSizeMax} {
 		stripe := StripeBytes(chunkSize) / int64(chunkSize)

@@ -475,20 +475,7 @@ func testLoad(t *testing.T, async bool) {
 			}
 		})
 	}
-	users.Go(func() {
-		for {
-			err := d.Extents(0, 10, func(x block.Extent) bool {
-				if x.Hole {
-					t.Error("extents of a suspended device")
-				}
-				return true
-			})
-			if err != nil {
-				return
-			}
-			runtime.Gosched()
-		}
-	})
+	users.Go(func() { listForever(t, d) })
 	for i := range suspends {
 		if err := d.Suspend(inTime(t)); err != nil {
 			t.Fatal(err)
@@ -512,6 +499,22 @@ func testLoad(t *testing.T, async bool) {
 	users.Wait()
 	if g.seen.Load() == 0 {
 		t.Error("no request went through")
+	}
+}
+
+// listForever asks for extents until the device is closed.
+func listForever(t *testing.T, d *dm.Device) {
+	for {
+		err := d.Extents(0, 10, func(x block.Extent) bool {
+			if x.Hole {
+				t.Error("extents of a suspended device")
+			}
+			return true
+		})
+		if err != nil {
+			return
+		}
+		runtime.Gosched()
 	}
 }
 
