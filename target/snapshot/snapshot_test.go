@@ -280,6 +280,56 @@ func TestExtentsOfAnInvalidSnapshot(t *testing.T) {
 	}
 }
 
+// failingLister is a device that cannot tell its extents.
+type failingLister struct{ block.Device }
+
+func (failingLister) Extents(int64, int64, func(block.Extent) bool) error { return errInjected }
+
+// TestExtentsOfTheOrigin: its error is the snapshot's, and one that knows nothing has data everywhere.
+func TestExtentsOfTheOrigin(t *testing.T) {
+	g := newRig(t, "scaled", 64*kib)
+	g.origin.device = failingLister{g.upper}
+	x := g.take(Config{ChunkSize: 4 * kib})
+	if _, err := extents(x.dev, 0, 64*kib); !errors.Is(err, errInjected) {
+		t.Errorf("got %v", err)
+	}
+	g.drop(x)
+	g.origin.device = struct{ block.Device }{g.upper}
+	x = g.take(Config{ChunkSize: 4 * kib})
+	g.write(10_000, []byte("x")).want(t, nil)
+	if got, err := extents(x.dev, 100, 60_000); err != nil || describe(got) != "0 100-60100" {
+		t.Errorf("got %v, %v", got, err)
+	}
+}
+
+func TestCopiedStops(t *testing.T) {
+	g := newRigWith(t, "scaled", 64*kib, 4*kib)
+	g.write(10_000, []byte("x")).want(t, nil)
+	count := 0
+	g.snaps[0].Copied(0, 64*kib, func(int64, int64, bool) bool { count++; return count < 2 })
+	if count != 2 {
+		t.Errorf("%d ranges, want 2", count)
+	}
+}
+
+// TestTableFull: no room for an exception costs the snapshot, as no room for its data does.
+func TestTableFull(t *testing.T) {
+	forEachEngine(t, func(t *testing.T, engine string) {
+		g := newRigWith(t, engine, 64*kib, 4*kib, 4*kib)
+		for _, x := range g.snaps {
+			x.table.slabs.Store(slabsMax)
+		}
+		g.write(0, []byte("x")).want(t, nil)
+		g.wantInvalid(g.snaps[0], syscall.ENOMEM)
+		g.wantInvalid(g.snaps[1], syscall.ENOMEM)
+		g.write(0, []byte("y")).want(t, nil)
+		y := g.take(Config{ChunkSize: 4 * kib})
+		y.table.slabs.Store(slabsMax)
+		start(y.dev, block.OpWrite, 0, 100, []byte("z")).want(t, errEIO)
+		g.wantInvalid(y, syscall.ENOMEM)
+	})
+}
+
 // slowLister is a device whose extents are looked up while a test watches.
 type slowLister struct {
 	block.Device
