@@ -3,16 +3,21 @@ package cowstore
 import (
 	"fmt"
 	"math/bits"
+
+	"cowherd/block"
 )
 
 // Chunk is the number of a chunk, the unit of copy-on-write: on an origin (and its snapshots) it counts chunks of the
 // exposed data, on a COW device chunks of the device.
 type Chunk uint64
 
-// Limits of the size of a chunk, in bytes (the kernel: 8 to 2097152 sectors).
+// Limits of the size of a chunk, in bytes: a sector to 2097152 of them, as in the kernel, whose chunks must also be
+// multiples of the logical blocks of their devices.
 const (
-	ChunkSizeMin = 4 << 10
+	ChunkSizeMin = block.SectorSize
 	ChunkSizeMax = 1 << 30
+	// ChunkSizeNewMin is the least for a new snapshot: below a page, records cost more than the copies that they save.
+	ChunkSizeNewMin = 4 << 10
 )
 
 // ChunkSize is the size of a chunk in bytes: a power of two from ChunkSizeMin to ChunkSizeMax.
@@ -35,6 +40,14 @@ func CheckChunkSize(size int64, logicalBlocks ...int) error {
 		}
 	}
 	return nil
+}
+
+// CheckNewChunkSize is CheckChunkSize for a snapshot that is about to be taken.
+func CheckNewChunkSize(size int64, logicalBlocks ...int) error {
+	if size >= ChunkSizeMin && size < ChunkSizeNewMin {
+		return fmt.Errorf("chunk size %d is too low: the least for a new snapshot is %d", size, ChunkSizeNewMin)
+	}
+	return CheckChunkSize(size, logicalBlocks...)
 }
 
 // Shift is the binary logarithm of the size.

@@ -36,7 +36,9 @@ func TestCheckChunkSize(t *testing.T) {
 		{4097, nil, "not a power of 2"},
 		{12 << 10, nil, "not a power of 2"},
 		{1, nil, "too low"},
-		{2 << 10, nil, "too low"},
+		{256, nil, "too low"},
+		{512, nil, ""},
+		{2 << 10, []int{4096}, "not a multiple of the logical block size 4096"},
 		{2 << 30, nil, "too high"},
 		{1 << 62, nil, "too high"},
 		{4 << 10, []int{512, 8192}, "not a multiple of the logical block size 8192"},
@@ -45,6 +47,14 @@ func TestCheckChunkSize(t *testing.T) {
 		err := CheckChunkSize(test.size, test.blocks...)
 		if test.want == "" && err != nil || test.want != "" && (err == nil || !strings.Contains(err.Error(), test.want)) {
 			t.Errorf("%d over %v: got %v, want %q", test.size, test.blocks, err, test.want)
+		}
+	}
+}
+
+func TestCheckNewChunkSize(t *testing.T) {
+	for size, ok := range map[int64]bool{0: false, 512: false, 2048: false, 4096: true, 6000: false, 1 << 30: true, 1 << 31: false} {
+		if err := CheckNewChunkSize(size); (err == nil) != ok {
+			t.Errorf("%d: got %v", size, err)
 		}
 	}
 }

@@ -106,7 +106,7 @@ func (d *Daemon) change(ctx context.Context, o *origin, what func() error) (stal
 
 // makeSnap makes everything that a snapshot needs, but does not add it to its origin.
 func (d *Daemon) makeSnap(o *origin, r api.SnapshotRequest) (*snap, error) {
-	if err := cowstore.CheckChunkSize(r.ChunkBytes, o.target.Limits().LogicalBlock); err != nil {
+	if err := cowstore.CheckNewChunkSize(r.ChunkBytes, o.target.Limits().LogicalBlock); err != nil {
 		return nil, invalid(err)
 	}
 	chunk := cowstore.ChunkSize(r.ChunkBytes)
