@@ -39,7 +39,8 @@ func SectorCeil(n int64) Sector { return Sector((n + SectorSize - 1) / SectorSiz
 type Device interface {
 	// Submit takes ownership of r until it completes it. See the package comment for the rules.
 	Submit(r *Request)
-	// Size is the device's length in bytes. It does not change while the device is open.
+	// Size is the device's length in bytes. While the device is open it never gets smaller, and larger only when it is a
+	// Grower and somebody calls Grow.
 	Size() int64
 	// Limits are what the device can take. They do not change while the device is open.
 	Limits() Limits
@@ -134,6 +135,14 @@ func checkPowers(r *Request, l Limits) error {
 		return NewError(r, syscall.EINVAL, "longer than the device's limit")
 	}
 	return nil
+}
+
+// A Grower is a device that can be made larger while requests run on it. It is an optional power of a Device.
+type Grower interface {
+	// Grow makes the device at least size bytes long; what is new reads as zeroes unless it is a disk that had more
+	// than was used. A size that the device has already is no error and changes nothing: a device never shrinks. Size
+	// tells the new length from before Grow returns. ENOSPC, EFBIG: it cannot be that long, and is as it was.
+	Grow(size int64) error
 }
 
 // An Extent is a range of a device in one state.

@@ -18,6 +18,7 @@ type calls struct {
 	zeroout     func(fd int, offset, length int64) error
 	seek        func(fd int, offset int64, whence int) (int64, error)
 	size        func(fd int) (int64, error)
+	truncate    func(fd int, size int64) error
 }
 
 // kernelCalls are the real ones.
@@ -33,6 +34,7 @@ func kernelCalls() calls {
 		zeroout:     func(fd int, offset, length int64) error { return rangeIoctl(fd, unix.BLKZEROOUT, offset, length) },
 		seek:        unix.Seek,
 		size:        size,
+		truncate:    unix.Ftruncate,
 	}
 }
 

@@ -25,16 +25,15 @@ func (d *Device) examineFile(st *unix.Stat_t) error {
 	if d.inMemory {
 		d.sys = d.sys.brief()
 	}
-	d.size = st.Size
+	d.size.Store(st.Size)
 	l := &d.limits
 	l.LogicalBlock = 1
 	if d.direct {
 		if err := d.findAlignment(); err != nil {
 			return err
 		}
-		if d.size%int64(l.LogicalBlock) != 0 {
-			return fmt.Errorf("direct I/O is not possible: the size %d is not a multiple of the block size %d: %w",
-				d.size, l.LogicalBlock, unix.EINVAL)
+		if err := d.checkDirect(st.Size); err != nil {
+			return err
 		}
 	}
 	l.PreferredIO = max(int(st.Blksize), pageSize, l.LogicalBlock)
@@ -48,7 +47,7 @@ func (d *Device) examineFile(st *unix.Stat_t) error {
 
 // canPunch tries to punch a hole behind the end of the file, which changes nothing.
 func (d *Device) canPunch() bool {
-	err := retry(func() error { return d.sys.fallocate(d.fd, punchMode, d.size, pageSize) })
+	err := retry(func() error { return d.sys.fallocate(d.fd, punchMode, d.Size(), pageSize) })
 	d.noPunch.Store(absent(err))
 	return !absent(err)
 }
@@ -77,12 +76,17 @@ func (d *Device) findAlignment() error {
 	return fmt.Errorf("direct I/O: a trial read failed: %w", err)
 }
 
+// checkDirect tells whether direct I/O reaches all of a regular file of size bytes.
+func (d *Device) checkDirect(size int64) error {
+	if size%int64(d.limits.LogicalBlock) != 0 {
+		return fmt.Errorf("direct I/O is not possible: the size %d is not a multiple of the block size %d: %w",
+			size, d.limits.LogicalBlock, unix.EINVAL)
+	}
+	return nil
+}
+
 // examineBlock finds the size and the limits of a block device.
 func (d *Device) examineBlock(st *unix.Stat_t) error {
-	size, err := unix.Seek(d.fd, 0, unix.SEEK_END)
-	if err != nil {
-		return fmt.Errorf("lseek: %w", err)
-	}
 	logical, err := unix.IoctlGetInt(d.fd, unix.BLKSSZGET)
 	if err != nil {
 		return fmt.Errorf("BLKSSZGET: %w", err)
@@ -91,13 +95,17 @@ func (d *Device) examineBlock(st *unix.Stat_t) error {
 	if err != nil {
 		return fmt.Errorf("BLKPBSZGET: %w", err)
 	}
-	d.size = size / int64(logical) * int64(logical)
+	l := &d.limits
+	l.LogicalBlock = logical
+	size, err := d.blockSize()
+	if err != nil {
+		return err
+	}
+	d.size.Store(size)
 	if d.direct {
 		d.memoryAlign = logical
 	}
 	queue := sysfsQueue(st.Rdev)
-	l := &d.limits
-	l.LogicalBlock = logical
 	l.PreferredIO = max(int(physical), pageSize, logical)
 	l.WriteZeroesMax = math.MaxInt64
 	if number(queue, "discard_max_bytes") > 0 {
@@ -106,6 +114,16 @@ func (d *Device) examineBlock(st *unix.Stat_t) error {
 	}
 	d.fastZeroout = number(queue, "write_zeroes_max_bytes") > 0
 	return nil
+}
+
+// blockSize is the size in bytes that a block device has now, in whole logical blocks.
+func (d *Device) blockSize() (int64, error) {
+	size, err := d.sys.seek(d.fd, 0, unix.SEEK_END)
+	if err != nil {
+		return 0, fmt.Errorf("lseek: %w", err)
+	}
+	logical := int64(d.limits.LogicalBlock)
+	return size / logical * logical, nil
 }
 
 // sysfsQueue is the directory of the attributes of a block device's queue; a partition has that of its disk.

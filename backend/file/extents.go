@@ -34,7 +34,7 @@ func (d *Device) Extents(offset, length int64, yield func(block.Extent) bool) er
 
 // extent is the extent that starts at offset. It ends at the end of the device at the latest.
 func (d *Device) extent(offset int64) (block.Extent, error) {
-	e := block.Extent{Offset: offset, Length: d.size - offset}
+	e := block.Extent{Offset: offset, Length: d.Size() - offset}
 	if d.isBlock || d.noSeek.Load() {
 		return e, nil
 	}
@@ -66,11 +66,12 @@ func (d *Device) extent(offset int64) (block.Extent, error) {
 
 // lastHole makes e, which reaches to the end of the device, a hole, unless the file is shorter than that.
 func (d *Device) lastHole(e block.Extent) (block.Extent, error) {
+	known := d.Size() // before the file is asked: Grow changes the file first
 	size, err := d.sys.size(d.fd)
 	if err != nil {
 		return e, fmt.Errorf("fstat: %w", err)
 	}
-	if size < d.size {
+	if size < known {
 		return e, d.truncated(size)
 	}
 	e.Hole, e.Zero = true, true

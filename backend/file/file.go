@@ -35,6 +35,7 @@
 //     a lack of space surfaces.
 //
 // Lock order: queue.mu and flusher.mu are leaves. Neither is held across a system call, a completion or the other.
+// growing is held by Grow alone, across the system calls that it makes: what it guards is their order.
 package file
 
 import (
@@ -54,7 +55,7 @@ import (
 type Device struct {
 	path   string
 	fd     int
-	size   int64
+	size   atomic.Int64 // only Grow changes it
 	limits block.Limits
 	sys    calls
 
@@ -72,6 +73,7 @@ type Device struct {
 	closed  atomic.Bool
 	idle    chan struct{} // tells Close, which it holds one message for, that a queue may have become empty
 	bounces sync.Pool     // of *[]byte, aligned
+	growing sync.Mutex    // one Grow at a time
 
 	// What has been found missing.
 	noPunch, noZeroRange, noZeroout, noDsync, noSeek atomic.Bool
@@ -80,6 +82,7 @@ type Device struct {
 var (
 	_ block.Device       = (*Device)(nil)
 	_ block.ExtentLister = (*Device)(nil)
+	_ block.Grower       = (*Device)(nil)
 )
 
 // errClosed is the cause of what comes after Close.
@@ -100,8 +103,8 @@ func (d *Device) fail(cause error) *failure {
 // Path is the name that the device was opened by.
 func (d *Device) Path() string { return d.path }
 
-// Size is the length in bytes that the file had when it was opened.
-func (d *Device) Size() int64 { return d.size }
+// Size is the length in bytes that the file had when it was opened, or that Grow gave it.
+func (d *Device) Size() int64 { return d.size.Load() }
 
 // Limits are those found when the file was opened. With the page cache a regular file takes any range of bytes; the
 // logical block of a block device and the alignment of direct I/O are respected.
@@ -112,7 +115,7 @@ func (d *Device) Submit(r *block.Request) {
 	if invariant.Enabled {
 		l := block.NoLimits() // what the device lacks is an error here, what is out of range is the caller's mistake
 		l.LogicalBlock = d.limits.LogicalBlock
-		err := block.CheckRange(r, d.size, l)
+		err := block.CheckRange(r, d.Size(), l)
 		invariant.Check(err == nil, "file %s: %v", d.path, err)
 	}
 	q := d.queues.At(uint(r.Queue))

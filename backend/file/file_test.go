@@ -184,8 +184,9 @@ func TestExtents(t *testing.T) {
 	const unit = 64 << 10
 	for _, dir := range []func(testing.TB) string{memoryDir, diskDir} {
 		d := created(t, dir(t), 16*unit, Options{})
-		if d.size, _ = d.sys.size(d.fd); d.size != 16*unit {
-			t.Fatalf("the file has %d bytes", d.size)
+		size, _ := d.sys.size(d.fd)
+		if d.size.Store(size); size != 16*unit {
+			t.Fatalf("the file has %d bytes", size)
 		}
 		for _, i := range []int64{1, 4, 5, 15} {
 			if err := block.Write(d, bytes.Repeat([]byte{7}, unit), i*unit); err != nil {

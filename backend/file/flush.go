@@ -58,11 +58,12 @@ func (d *Device) sync() error {
 		return f
 	}
 	if !d.isBlock {
+		known := d.Size() // before the file is asked: Grow changes the file first
 		size, err := d.sys.size(d.fd)
 		if err != nil {
 			return d.fail(fmt.Errorf("fstat: %w", err))
 		}
-		if size < d.size {
+		if size < known {
 			return d.truncated(size)
 		}
 	}

@@ -87,8 +87,8 @@ func (d *Device) readAligned(p []byte, offset int64) error {
 
 // truncated lets the device fail because the file ends at end, and is the error that says so.
 func (d *Device) truncated(end int64) error {
-	err := fmt.Errorf("it was truncated while in use: it ends at byte %d or before, and had %d bytes when it was opened: "+
-		"%w", end, d.size, unix.EIO)
+	err := fmt.Errorf("it was truncated while in use: it ends at byte %d or before, and should have %d bytes: %w",
+		end, d.Size(), unix.EIO)
 	d.fail(err)
 	return err
 }

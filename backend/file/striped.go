@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math/bits"
+	"sync/atomic"
 
 	"cowherd/block"
 )
@@ -13,10 +14,15 @@ import (
 // writers of different stripes need not.
 type Striped struct {
 	files  []*Device
-	shift  uint // log2 of the stripe in bytes
-	size   int64
+	shift  uint         // log2 of the stripe in bytes
+	size   atomic.Int64 // only Grow changes it
 	limits block.Limits
 }
+
+var (
+	_ block.Device = (*Striped)(nil)
+	_ block.Grower = (*Striped)(nil)
+)
 
 // TempStriped makes a device of size bytes over count unlinked sparse files in dir. stripe is a power of two, in
 // bytes, a multiple of the files' logical block; count is a power of two.
@@ -24,10 +30,10 @@ func TempStriped(dir string, size, stripe int64, count int) (*Striped, error) {
 	if bits.OnesCount64(uint64(stripe)) != 1 || bits.OnesCount(uint(count)) != 1 {
 		return nil, fmt.Errorf("striped file: a stripe of %d bytes or %d files is not a power of two", stripe, count)
 	}
-	s := &Striped{shift: uint(bits.TrailingZeros64(uint64(stripe))), size: size}
-	round := stripe * int64(count)
+	s := &Striped{shift: uint(bits.TrailingZeros64(uint64(stripe)))}
+	s.size.Store(size)
 	for range count {
-		f, err := Temp(dir, (size+round-1)/round*stripe)
+		f, err := Temp(dir, s.share(size, count))
 		if err != nil {
 			return nil, errors.Join(err, s.Close())
 		}
@@ -37,8 +43,34 @@ func TempStriped(dir string, size, stripe int64, count int) (*Striped, error) {
 	return s, nil
 }
 
+// share is the length in bytes of each of count files when the device has size bytes.
+func (s *Striped) share(size int64, count int) int64 {
+	round := int64(count) << s.shift
+	rounds := size / round
+	if size%round != 0 {
+		rounds++
+	}
+	return rounds << s.shift
+}
+
 // Size is the device's length in bytes.
-func (s *Striped) Size() int64 { return s.size }
+func (s *Striped) Size() int64 { return s.size.Load() }
+
+// Grow makes the device size bytes long, by holes at the ends of its files. When one of them cannot be that long the
+// device is as it was; that others are longer than they need be does no harm.
+func (s *Striped) Grow(size int64) error {
+	for _, f := range s.files {
+		if err := f.Grow(s.share(size, len(s.files))); err != nil {
+			return err
+		}
+	}
+	for {
+		known := s.size.Load()
+		if size <= known || s.size.CompareAndSwap(known, size) {
+			return nil
+		}
+	}
+}
 
 // Limits are the files'.
 func (s *Striped) Limits() block.Limits { return s.limits }
