@@ -220,6 +220,45 @@ func (d *Device) Resume() {
 	d.submitAll(kept)
 }
 
+// SetTarget gives a suspended device another target, which takes the requests that come from Resume on; the old one
+// stays the caller's. The device's size and limits are what its users have been told, and stay: a target of another
+// size, or one that does not take all that these limits let in, is EINVAL. EBUSY: the device is not suspended.
+func (d *Device) SetTarget(target Target) error {
+	if err := d.checkFit(target); err != nil {
+		return fmt.Errorf("new target of %q: %w", d.name, err)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.suspendedLocked() {
+		return fmt.Errorf("new target of %q: the device is not suspended: %w", d.name, syscall.EBUSY)
+	}
+	d.setTarget(target)
+	return nil
+}
+
+// checkFit tells whether target takes all that the device's users may send.
+func (d *Device) checkFit(target Target) error {
+	if size := target.Size(); size != d.size {
+		return fmt.Errorf("it has %d bytes, the device %d: %w", size, d.size, syscall.EINVAL)
+	}
+	l := target.Limits()
+	for _, x := range []struct {
+		what string
+		fits bool
+	}{
+		{"its logical block is larger", l.LogicalBlock <= d.limits.LogicalBlock},
+		{"it is read-only", d.limits.ReadOnly || !l.ReadOnly},
+		{"its discards are smaller", l.DiscardMax >= d.limits.DiscardMax},
+		{"its writes of zeroes are smaller", l.WriteZeroesMax >= d.limits.WriteZeroesMax},
+		{"it needs flushes, which users were told to leave out", d.limits.NeedsFlush || !l.NeedsFlush},
+	} {
+		if !x.fits {
+			return fmt.Errorf("%s: %w", x.what, syscall.EINVAL)
+		}
+	}
+	return nil
+}
+
 // suspendedLocked tells whether a Suspend has succeeded, and no Resume since.
 // +checklocks:d.mu
 func (d *Device) suspendedLocked() bool { return d.closed.Load() && d.drained == nil }
