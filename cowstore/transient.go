@@ -36,15 +36,19 @@ type Transient struct {
 	chunkSize ChunkSize
 	// Chunks of a stripe.
 	stripe Chunk // +checklocksignore: set once
-	// Chunks that may be used: what fits the device and the limit.
-	total   Chunk // +checklocksignore: set once
-	sectors block.Sector
 
 	batches percpu.Shards[batch] // +checklocksignore: set once
+	warning warning
 
 	mu sync.Mutex
+	// Chunks that may be used: what fits the device and the limit.
+	total Chunk // +checklocks:mu
+	// The same in sectors, with what is too little for a chunk.
+	sectors block.Sector // +checklocks:mu
 	// Chunks of all stripes that were taken.
 	given Chunk // +checklocks:mu
+	// Ends of taken stripes that were cut off by a total that has grown since.
+	ends []chunkRun // +checklocks:mu
 }
 
 // batch is the run of chunks that one queue allocates from, in one word, so that it is taken from without a lock:
@@ -87,13 +91,49 @@ func NewTransient(size, limit int64, chunkSize ChunkSize) *Transient {
 	if limit > 0 {
 		usable = min(size, limit)
 	}
-	return &Transient{
+	t := &Transient{
 		chunkSize: chunkSize,
 		stripe:    min(chunkSize.ChunkFloor(StripeBytes(chunkSize)), batchCountMax),
-		total:     min(chunkSize.ChunkFloor(usable), chunksMax),
-		sectors:   block.SectorFloor(usable),
 		batches:   percpu.New[batch](),
 	}
+	t.mu.Lock()
+	t.measureLocked(usable)
+	t.mu.Unlock()
+	return t
+}
+
+// measureLocked takes over how many bytes may be used.
+// +checklocks:t.mu
+func (t *Transient) measureLocked(usable int64) {
+	t.total = min(t.chunkSize.ChunkFloor(usable), chunksMax)
+	t.sectors = block.SectorFloor(usable)
+	t.warning.measure(uint64(t.total))
+}
+
+// Resize lets the store use size bytes of its device, which is that large already. EINVAL: it may use as much or more.
+func (t *Transient) Resize(size int64) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if size <= t.sectors.Bytes() {
+		return fmt.Errorf("resize to %d bytes: the store has %d, and cannot shrink: %w", size, t.sectors.Bytes(), syscall.EINVAL)
+	}
+	before := t.total
+	t.measureLocked(size)
+	last := before / t.stripe // the stripe that the old total has cut, if it has
+	shards := Chunk(t.batches.Len())
+	if end := min((last+1)*t.stripe, t.total); before%t.stripe != 0 && t.batches.Index(int(last%shards)).stripes > last/shards {
+		t.ends = append(t.ends, chunkRun{before, end})
+	}
+	return nil
+}
+
+// Warn calls warned, with no lock of callers held, each time that one of the percentages of the room has been given out
+// to queues for the first time. To be called before the first Allocate. warned must not block.
+func (t *Transient) Warn(percents []int, warned func(percent int)) {
+	t.warning.set(percents, warned)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.warning.measure(uint64(t.total))
 }
 
 // Allocate reserves a run of consecutive chunks on behalf of queue: at least one, at most want (want > 0). The error
@@ -104,7 +144,16 @@ func (t *Transient) Allocate(queue block.Queue, want int) (first Chunk, count in
 		return first, count, nil
 	}
 	t.mu.Lock()
-	defer t.mu.Unlock()
+	first, count, err = t.refillLocked(b, queue, want)
+	given := t.given
+	t.mu.Unlock()
+	t.warning.check(uint64(given))
+	return first, count, err
+}
+
+// refillLocked allocates for queue, whose batch b was empty, from a new stripe or from what others have.
+// +checklocks:t.mu
+func (t *Transient) refillLocked(b *batch, queue block.Queue, want int) (first Chunk, count int, err error) {
 	if first, count = b.take(want); count > 0 {
 		return first, count, nil // another goroutine of the queue has found a stripe meanwhile
 	}
@@ -115,6 +164,14 @@ func (t *Transient) Allocate(queue block.Queue, want int) (first Chunk, count in
 			b.word.Store(packBatch(start+Chunk(count), int(length)-count)) // it is empty, and filled with the lock held
 			return start, count, nil
 		}
+	}
+	if n := len(t.ends); n > 0 {
+		end := t.ends[n-1]
+		t.ends = t.ends[:n-1]
+		t.given += end.end - end.first
+		count = min(want, int(end.end-end.first))
+		b.word.Store(packBatch(end.first+Chunk(count), int(end.end-end.first)-count))
+		return end.first, count, nil
 	}
 	for i := range t.batches.Len() {
 		if first, count = t.batches.Index(i).take(1); count > 0 {

@@ -11,13 +11,37 @@ import (
 	"cowherd/kcopyd"
 )
 
+// hindrance is why a request cannot even begin to wait for an exception.
+type hindrance uint8
+
+const (
+	unhindered  hindrance = iota
+	noException           // as many as may be are in flight
+	undecided             // the snapshot is invalid, but its store does not say so yet
+	stalled               // there is no room, and the policy is to wait for some
+)
+
+// hold keeps a hindered r until it is worth another look, for waker.
+func (s *Snapshot) hold(h hindrance, r *block.Request, waker block.Waker) {
+	switch h {
+	case noException:
+		s.exceptions.wait(r, waker)
+	case undecided:
+		s.awaitVerdict(r, waker)
+	case stalled:
+		s.stall(r, waker)
+	case unhindered:
+		invariant.Check(false, "a request is held without a reason")
+	}
+}
+
 // preserve starts the copies of all chunks that r, a write to the origin, touches and that have no exception. It
-// returns a chunk that r must wait for, if there is any left. ok is false when no exception is free.
+// returns a chunk that r must wait for, if there is any left. A hindered r is to be held and mapped anew.
 //
 // An invalid snapshot starts nothing, but what is pending is still waited for: the copy reads what r would overwrite.
-func (s *Snapshot) preserve(r *block.Request) (wait pendingChunk, ok bool) {
+func (s *Snapshot) preserve(r *block.Request) (wait pendingChunk, h hindrance) {
 	if r.Offset >= s.size {
-		return wait, true
+		return wait, unhindered
 	}
 	chunk, end := s.chunksOf(r.Offset, min(r.Length, s.size-r.Offset))
 	for chunk < end {
@@ -38,14 +62,22 @@ func (s *Snapshot) preserve(r *block.Request) (wait pendingChunk, ok bool) {
 			wait = pendingChunk{at, v}
 			chunk++
 		case s.invalidCause() != nil:
+			if !s.verdict.known.Load() {
+				return wait, undecided
+			}
 			chunk++
 		default:
 			e := s.exceptions.get(r.Queue, chunk)
 			if e == nil {
-				return wait, false
+				return wait, noException
 			}
-			if s.claim(e, at, end) == 0 || !s.allocate(e) {
-				continue // another request was quicker, or the snapshot is invalid now: look again
+			if s.claim(e, at, end) == 0 {
+				continue // another request was quicker: look again
+			}
+			if got := s.allocate(e, forOrigin); got == roomLater {
+				return wait, stalled
+			} else if got != roomFound {
+				continue // the snapshot is invalid now: look again
 			}
 			chunk += cowstore.Chunk(e.count)
 			if p := s.startCopy(e); p.at != nil {
@@ -53,7 +85,7 @@ func (s *Snapshot) preserve(r *block.Request) (wait pendingChunk, ok bool) {
 			}
 		}
 	}
-	return wait, true
+	return wait, unhindered
 }
 
 // claim makes e the pending exception of as many chunks as possible from e.from on, up to end and to runMax bytes. at
@@ -90,17 +122,21 @@ func (s *Snapshot) claim(e *exception, at *atomic.Uint64, end cowstore.Chunk) in
 }
 
 // allocate finds room for the chunks that e has claimed; those for which there is none in one run are given back. If
-// there is none at all the snapshot becomes invalid, e is idle again and the answer is false.
-func (s *Snapshot) allocate(e *exception) bool {
-	to, count, err := s.store.Allocate(e.queue, e.count)
-	if err != nil {
-		s.invalidate(err)
-		s.abandon(e)
-		return false
+// there is none at all, e is idle again and the answer is what the policy makes of that.
+func (s *Snapshot) allocate(e *exception, who claimant) room {
+	for {
+		round := s.full.rounds.Load()
+		to, count, err := s.store.Allocate(e.queue, e.count)
+		if err == nil {
+			s.unclaim(e, count)
+			e.to = to
+			return roomFound
+		}
+		if got := s.noRoom(err, who, round); got != roomFound {
+			s.abandon(e)
+			return got
+		}
 	}
-	s.unclaim(e, count)
-	e.to = to
-	return true
 }
 
 // unclaim gives back the chunks of e behind the first keep. Who waits on e for one of them looks again when e ends.
@@ -144,6 +180,11 @@ func (e *exception) copied(j *kcopyd.Job) {
 	}
 	if e.overwrite != nil {
 		s.overwritten.At(uint(e.queue)).Add(uint64(e.count))
+	}
+	if s.persistent != nil {
+		e.commit.Old, e.commit.New, e.commit.Count = e.from, e.to, e.count
+		s.persistent.Commit(&e.commit)
+		return
 	}
 	s.publish(e)
 }

@@ -36,8 +36,9 @@ type exception struct {
 	// readers is the number of tracked reads that must end before finish, and one more while they are counted.
 	readers atomic.Int32
 
-	job  kcopyd.Job
-	dest [1]kcopyd.Region
+	job    kcopyd.Job
+	dest   [1]kcopyd.Region
+	commit cowstore.Commit // persistent stores only
 
 	next *exception // in a free list
 	_    percpu.Pad
@@ -165,6 +166,7 @@ func (p *exceptionPool) make() *exception {
 	}
 	e := &exception{snapshot: p.snapshot, index: uint32(p.made)}
 	e.job.Done = e.copied
+	e.commit.Done = e.committed
 	p.all[p.made].Store(e)
 	p.made++
 	return e

@@ -95,9 +95,9 @@ func (o *Origin) mapWrite(r *block.Request, snapshots []*Snapshot) block.Device 
 	var wait pendingChunk
 	var on *Snapshot
 	for _, s := range snapshots {
-		p, ok := s.preserve(r)
-		if !ok {
-			s.exceptions.wait(r, o)
+		p, h := s.preserve(r)
+		if h != unhindered {
+			s.hold(h, r, o)
 			return nil
 		}
 		if p.at != nil {

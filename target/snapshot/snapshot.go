@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"cowherd/block"
 	"cowherd/cowstore"
@@ -28,17 +29,29 @@ type Store interface {
 
 // Config is what a snapshot is made of.
 type Config struct {
-	Name      string // in messages
-	Origin    *Origin
-	COW       block.Device // the COW device; it stays the caller's, to close when the snapshot is gone
-	Store     Store        // allocates chunks of COW
-	ChunkSize cowstore.ChunkSize
-	Engine    kcopyd.Engine // copies; may be shared
-	ReadOnly  bool          // writes to the snapshot fail with EROFS
+	Name   string // in messages
+	Origin *Origin
+	COW    block.Device // the COW device; it stays the caller's, to close when the snapshot is gone
+	// Store allocates chunks of COW. A *cowstore.Persistent brings its exceptions along: New loads them. One that is not
+	// valid makes a snapshot that is Invalid from the start.
+	Store     Store
+	ChunkSize cowstore.ChunkSize // 0: that of a persistent store
+	Engine    kcopyd.Engine      // copies; may be shared
+	ReadOnly  bool               // writes to the snapshot fail with EROFS
 	// DiscardZeroesCOW and DiscardPassdownOrigin are the kernel's features of these names. The second needs the first.
 	DiscardZeroesCOW, DiscardPassdownOrigin bool
 	// PendingMax is the limit of exceptions in flight, at most 16383; 0: 2048.
 	PendingMax int
+	// OnFull is what happens when the COW device has no room for an exception; see there for COWMax and StallMax.
+	OnFull   OnFull
+	COWMax   int64 // bytes; 0: no limit
+	StallMax time.Duration
+	// Warned is called, with no lock held, each time that one of the percentages WarnAt of the COW device is in use for
+	// the first time. It must not block. nil: nobody is warned.
+	WarnAt []int
+	Warned func(percent int)
+	// Overflowed is called, with no lock held, when the snapshot overflows (FullOverflow). It must not block. May be nil.
+	Overflowed func(cause error)
 	// Invalidated is called once, with no lock held, when the snapshot becomes invalid. It must not block. May be nil.
 	Invalidated func(cause error)
 }
@@ -64,6 +77,11 @@ type Snapshot struct {
 	passdown    bool // DiscardPassdownOrigin
 	invalidated func(error)
 
+	// persistent is the store when it is one; nil: transient. See persist.go for verdict.
+	persistent *cowstore.Persistent
+	verdict    verdict
+	full       fullness
+
 	exceptions  *exceptionPool
 	reads       trackedReads
 	overwritten percpu.Shards[atomic.Uint64] // chunks filled by writes to the snapshot, without a copy
@@ -71,19 +89,12 @@ type Snapshot struct {
 
 // New makes a snapshot that is not yet added to its origin.
 func New(c Config) (*Snapshot, error) {
-	limits := c.Origin.Limits()
-	if err := cowstore.CheckChunkSize(int64(c.ChunkSize), limits.LogicalBlock, c.COW.Limits().LogicalBlock); err != nil {
+	persistent, _ := c.Store.(*cowstore.Persistent)
+	if persistent != nil && c.ChunkSize == 0 {
+		c.ChunkSize = persistent.ChunkSize()
+	}
+	if err := check(&c, persistent); err != nil {
 		return nil, fmt.Errorf("snapshot %q: %w", c.Name, err)
-	}
-	if b := int64(c.COW.Limits().LogicalBlock); c.Origin.Size()%b != 0 {
-		return nil, fmt.Errorf("snapshot %q: the origin's size %d is not a multiple of the COW device's logical block "+
-			"size %d: %w", c.Name, c.Origin.Size(), b, syscall.EINVAL)
-	}
-	if c.DiscardPassdownOrigin && !c.DiscardZeroesCOW {
-		return nil, fmt.Errorf("snapshot %q: discard_passdown_origin needs discard_zeroes_cow", c.Name)
-	}
-	if c.COW.Limits().ReadOnly {
-		return nil, fmt.Errorf("snapshot %q: the COW device is read-only: %w", c.Name, syscall.EROFS)
 	}
 	if c.PendingMax == 0 {
 		c.PendingMax = pendingMax
@@ -94,6 +105,7 @@ func New(c Config) (*Snapshot, error) {
 		size:        c.Origin.Size(),
 		cow:         c.COW,
 		store:       c.Store,
+		persistent:  persistent,
 		chunkSize:   c.ChunkSize,
 		chunkShift:  c.ChunkSize.Shift(),
 		engine:      c.Engine,
@@ -107,7 +119,41 @@ func New(c Config) (*Snapshot, error) {
 		overwritten: percpu.New[atomic.Uint64](),
 	}
 	s.exceptions = newExceptionPool(s, min(c.PendingMax, slotIndexMax))
+	s.full.init(s, &c)
+	if persistent == nil {
+		s.verdict.known.Store(true)
+		return s, nil
+	}
+	if err := s.load(); err != nil {
+		return nil, fmt.Errorf("snapshot %q: %w", c.Name, err)
+	}
 	return s, nil
+}
+
+// check tells what is wrong with a Config.
+func check(c *Config, persistent *cowstore.Persistent) error {
+	cow := c.COW.Limits()
+	checkChunkSize := cowstore.CheckChunkSize // there are stores with smaller chunks than new ones may have
+	if persistent == nil {
+		checkChunkSize = cowstore.CheckNewChunkSize
+	}
+	if err := checkChunkSize(int64(c.ChunkSize), c.Origin.Limits().LogicalBlock, cow.LogicalBlock); err != nil {
+		return err
+	}
+	if persistent != nil && c.ChunkSize != persistent.ChunkSize() {
+		return fmt.Errorf("chunk size %d: the store has %d: %w", c.ChunkSize, persistent.ChunkSize(), syscall.EINVAL)
+	}
+	if b := int64(cow.LogicalBlock); c.Origin.Size()%b != 0 {
+		return fmt.Errorf("the origin's size %d is not a multiple of the COW device's logical block size %d: %w",
+			c.Origin.Size(), b, syscall.EINVAL)
+	}
+	if c.DiscardPassdownOrigin && !c.DiscardZeroesCOW {
+		return fmt.Errorf("discard_passdown_origin needs discard_zeroes_cow")
+	}
+	if cow.ReadOnly && (persistent == nil || !c.ReadOnly) {
+		return fmt.Errorf("the COW device is read-only: %w", syscall.EROFS)
+	}
+	return nil
 }
 
 // Size is the origin's when the snapshot was made, in bytes.
@@ -183,21 +229,6 @@ func (s *Snapshot) moveTo(offset int64, to cowstore.Chunk) int64 {
 	return s.chunkSize.Offset(to) + offset&(int64(s.chunkSize)-1)
 }
 
-// invalidate makes the snapshot invalid for good; the first cause is kept.
-func (s *Snapshot) invalidate(cause error) {
-	if s.cause.CompareAndSwap(nil, &cause) && s.invalidated != nil {
-		s.invalidated(cause)
-	}
-}
-
-// invalidCause is nil while the snapshot is valid.
-func (s *Snapshot) invalidCause() error {
-	if p := s.cause.Load(); p != nil {
-		return *p
-	}
-	return nil
-}
-
 // invalidError is what a request to an invalid snapshot fails with.
 func (s *Snapshot) invalidError(r *block.Request) error {
 	return &block.Error{
@@ -209,37 +240,67 @@ func (s *Snapshot) invalidError(r *block.Request) error {
 // Status is the state of a snapshot.
 type Status struct {
 	Invalid     error // the cause; nil: valid
+	Overflowed  bool
+	Persistent  bool
 	ChunkSize   cowstore.ChunkSize
 	Allocated   block.Sector // on the COW device
 	Total       block.Sector
 	Metadata    block.Sector
-	Copied      uint64 // chunks copied from the origin
+	Copied      uint64 // chunks copied from the origin; for a persistent store all exceptions since it was made
 	Overwritten uint64 // chunks filled by writes to the snapshot without a copy
 	TableBytes  int64  // memory of the exception table
 	Pending     int    // exceptions in flight
+	Stalled     int    // requests that wait for room
 }
 
 // Status is a look at the counters; while I/O runs they need not agree with each other.
 func (s *Snapshot) Status() Status {
 	st := Status{
 		Invalid:    s.invalidCause(),
+		Overflowed: s.full.overflowed.Load(),
+		Persistent: s.persistent != nil,
 		ChunkSize:  s.chunkSize,
 		TableBytes: s.table.bytes() + s.known.bytes(),
 		Pending:    s.exceptions.inUse(),
+		Stalled:    s.full.stalled(),
 	}
 	st.Allocated, st.Total, st.Metadata = s.store.Usage()
 	for i := range s.overwritten.Len() {
 		st.Overwritten += s.overwritten.Index(i).Load()
 	}
-	held := uint64(s.chunkSize.ChunkFloor((st.Allocated - st.Metadata).Bytes()))
+	held := uint64(s.chunkSize.ChunkFloor((st.Allocated - min(st.Allocated, st.Metadata)).Bytes()))
 	st.Copied = held - min(held, st.Overwritten+uint64(st.Pending))
 	return st
 }
 
-// String is the kernel's status line: "Invalid", or "allocated/total metadata" in sectors.
+// String is the kernel's status line, in its order of precedence: "Invalid", "Overflow", or "allocated/total metadata"
+// in sectors.
 func (st Status) String() string {
-	if st.Invalid != nil {
+	switch {
+	case st.Invalid != nil:
 		return "Invalid"
+	case st.Overflowed:
+		return "Overflow"
 	}
 	return fmt.Sprintf("%d/%d %d", st.Allocated, st.Total, st.Metadata)
+}
+
+// Table is what the kernel's table line says behind the devices: the type of the store, the chunk size in sectors, and
+// the features.
+func (s *Snapshot) Table() string {
+	kind := "N"
+	switch {
+	case s.persistent != nil && s.full.policy == FullOverflow:
+		kind = "PO"
+	case s.persistent != nil:
+		kind = "P"
+	}
+	line := fmt.Sprintf("%s %d", kind, block.SectorFloor(int64(s.chunkSize)))
+	switch {
+	case s.passdown:
+		line += " 2 discard_zeroes_cow discard_passdown_origin"
+	case s.discards:
+		line += " 1 discard_zeroes_cow"
+	}
+	return line
 }

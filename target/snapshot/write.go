@@ -12,6 +12,7 @@ func (s *Snapshot) Wake(r *block.Request) { s.write(r) }
 // write takes a write (or a write of zeroes) to the snapshot.
 //
 //	several pieces          split: each goes its own way
+//	overflowed              fail
 //	copied, draining        to the COW device
 //	pending                 wait, look again
 //	none, chunks covered    claim, write to the COW device in place of a copy
@@ -30,6 +31,9 @@ func (s *Snapshot) write(r *block.Request) {
 		switch {
 		case invalid && v.state() != pending:
 			r.Complete(s.invalidError(r))
+			return
+		case s.full.overflowed.Load():
+			r.Complete(s.overflowError(r))
 			return
 		case end < r.End():
 			s.writeSplit(r)
@@ -98,8 +102,14 @@ func (s *Snapshot) writeNew(r *block.Request) bool {
 		s.exceptions.wait(r, s)
 		return true
 	}
-	if s.claim(e, s.table.find(start), end) == 0 || !s.allocate(e) {
+	if s.claim(e, s.table.find(start), end) == 0 {
 		return false
+	}
+	if got := s.allocate(e, forSnapshot); got == roomLater {
+		s.stall(r, s)
+		return true
+	} else if got != roomFound {
+		return false // the snapshot is invalid now, or has overflowed: look again
 	}
 	if !s.covers(start, r.Offset, r.End()) {
 		s.startCopy(e)
