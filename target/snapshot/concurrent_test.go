@@ -270,10 +270,16 @@ func (k *soak) write(i int, rnd *rand.Rand) {
 func (k *soak) take() {
 	chunkSize := cowstore.ChunkSize(4*kib) << k.rnd.IntN(6)
 	chunks := int64(chunkSize.ChunkCeil(soakSize))
-	x := &soakSnap{ram: newRAM(chunks * int64(chunkSize)), writable: k.rnd.IntN(2) == 0}
 	limit := int64(0)
 	if k.breaking && k.rnd.IntN(3) == 0 {
 		limit = (1 + k.rnd.Int64N(chunks)) * int64(chunkSize)
+		if k.config.persistent {
+			chunks, limit = limit/int64(chunkSize), 0
+		}
+	}
+	x := &soakSnap{
+		ram:      newRAM(k.config.room(int(chunks), chunkSize) * int64(chunkSize)),
+		writable: k.rnd.IntN(2) == 0,
 	}
 	faults := fault.New(x.ram)
 	var cow block.Device = faults
@@ -281,6 +287,7 @@ func (k *soak) take() {
 		x.async = fault.NewAsync(faults, 2, k.rnd.Uint64())
 		cow = x.async
 	}
+	store := k.config.store(k.t, cow, limit, chunkSize)
 	if k.breaking && k.rnd.IntN(3) == 0 {
 		left := k.rnd.IntN(200)
 		faults.Fail(func(r *block.Request) error {
@@ -292,7 +299,7 @@ func (k *soak) take() {
 	}
 	s, err := New(Config{
 		Name: fmt.Sprint("snap", k.taken), Origin: k.origin, COW: cow, ChunkSize: chunkSize, Engine: k.engine,
-		Store:       cowstore.NewTransient(x.ram.Size(), limit, chunkSize),
+		Store:       store,
 		PendingMax:  k.config.pendingMax,
 		Invalidated: func(error) { x.invalidations.Add(1) },
 
@@ -435,6 +442,9 @@ func (k *soak) drop(i int) {
 		k.t.Fatal(err)
 	}
 	x.users.Wait()
+	if err := x.Close(); err != nil {
+		k.t.Error(err)
+	}
 	fill(x.ram.data, 0xEE) // a data race, if anybody still uses it
 	eventually(k.t, "all exceptions are idle", func() bool { return x.exceptions.inUse() == 0 })
 	want := int32(0)

@@ -30,18 +30,40 @@ type worldConfig struct {
 	async      bool
 	engine     string
 	pendingMax int // 0: the default
+	persistent bool
 }
 
 func (c worldConfig) String() string {
-	return fmt.Sprintf("async=%v,engine=%s,pending=%d", c.async, c.engine, c.pendingMax)
+	return fmt.Sprintf("async=%v,engine=%s,pending=%d,persistent=%v", c.async, c.engine, c.pendingMax, c.persistent)
+}
+
+// room is the device, in chunks, on which a store of this kind has room for count exceptions.
+func (c worldConfig) room(count int, chunkSize cowstore.ChunkSize) int64 {
+	if !c.persistent {
+		return int64(count)
+	}
+	return int64(2 + count + count/int(chunkSize/16)) // header, areas, and the one that must follow a full area
+}
+
+// store makes a store on a COW device that may use limit bytes of it. The RAM devices of the tests do not fail here.
+func (c worldConfig) store(t fataler, d block.Device, limit int64, chunkSize cowstore.ChunkSize) Store {
+	if !c.persistent {
+		return cowstore.NewTransient(d.Size(), limit, chunkSize)
+	}
+	p, err := cowstore.CreatePersistent(d, chunkSize, cowstore.PersistentConfig{})
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	return p
 }
 
 func worldConfigs() (all []worldConfig) {
 	for _, async := range []bool{false, true} {
 		for _, engine := range engineNames {
 			for _, pendingMax := range []int{0, 1, 2} {
-				all = append(all, worldConfig{async, engine, pendingMax})
+				all = append(all, worldConfig{async, engine, pendingMax, false})
 			}
+			all = append(all, worldConfig{async, engine, 0, true}, worldConfig{async, engine, 2, true})
 		}
 	}
 	return all
@@ -89,6 +111,7 @@ type world struct {
 // worldSnap is a snapshot and its model.
 type worldSnap struct {
 	*Snapshot
+	config Config
 	dev    *dm.Device
 	ram    *ram
 	faults *fault.Device
@@ -98,6 +121,7 @@ type worldSnap struct {
 	total  int
 
 	invalid       bool
+	unreached     bool // the COW device failed when it became invalid: the header may not say so
 	invalidations atomic.Int32
 }
 
@@ -178,31 +202,75 @@ func (w *world) take() {
 	if w.draw("limited", 3) == 0 {
 		x.total = w.draw("total", chunks+1)
 	}
-	x.ram = newRAM(int64(chunks)*int64(chunkSize) + 100)
+	if w.config.persistent {
+		x.total = max(1, x.total)
+		chunks = x.total // all of the device is room
+	}
+	x.ram = newRAM(w.config.room(chunks, chunkSize)*int64(chunkSize) + 100)
 	x.faults = fault.New(w.below(x.ram))
 	x.model = append(x.model, w.model...)
-	x.kept = make([]bool, chunks)
+	x.kept = make([]bool, chunkSize.ChunkCeil(size))
 	features := w.draw("features", 4) // none, none, discard_zeroes_cow, and discard_passdown_origin
-	s, err := New(Config{
+	x.config = Config{
 		Name: fmt.Sprint("snap", w.taken), Origin: w.origin, COW: x.faults, ChunkSize: chunkSize, Engine: w.engine,
-		Store:            cowstore.NewTransient(x.ram.Size(), max(1, int64(x.total)*int64(chunkSize)), chunkSize),
+		Store:            w.config.store(w.t, x.faults, max(1, int64(x.total)*int64(chunkSize)), chunkSize),
 		DiscardZeroesCOW: features >= 2, DiscardPassdownOrigin: features == 3,
 		PendingMax:  w.config.pendingMax,
 		Invalidated: func(error) { x.invalidations.Add(1) },
-	})
+	}
+	w.t.add("take snap%d: chunks of %d, at most %d, features %d", w.taken, chunkSize, x.total, features)
+	mustSuspend(w.t, w.dev)
+	w.add(x)
+	w.dev.Resume()
+	w.snaps = append(w.snaps, x)
+	w.taken++
+}
+
+// add makes the snapshot of x and adds it to the suspended origin.
+func (w *world) add(x *worldSnap) {
+	s, err := New(x.config)
 	if err != nil {
 		w.t.Fatalf("%v", err)
 	}
 	x.Snapshot = s
-	w.t.add("take %s: chunks of %d, at most %d, discard=%v, passdown=%v", s.name, chunkSize, x.total, s.discards, s.passdown)
-	mustSuspend(w.t, w.dev)
 	if err := w.origin.Add(s); err != nil {
 		w.t.Fatalf("%v", err)
 	}
 	x.dev = dm.NewDevice(s.name, s, false)
+}
+
+// reopen does with a persistent snapshot what a restart does, but for the origin: it is taken down and opened again.
+func (w *world) reopen(i int) {
+	x := w.snaps[i]
+	w.t.add("reopen %s", x.name)
+	mustSuspend(w.t, w.dev, x.dev)
+	w.origin.Remove(x.Snapshot)
+	w.end(x)
+	p, err := cowstore.OpenPersistent(x.faults, cowstore.PersistentConfig{})
+	if err != nil {
+		w.t.Fatalf("%s: %v", x.name, err)
+	}
+	if p.Valid() == x.invalid && !x.unreached {
+		w.t.Fatalf("%s: the header says valid=%v", x.name, p.Valid())
+	}
+	if x.invalid {
+		w.snaps = append(w.snaps[:i:i], w.snaps[i+1:]...)
+	} else {
+		x.config.Store, x.config.ChunkSize = p, 0
+		w.add(x)
+	}
 	w.dev.Resume()
-	w.snaps = append(w.snaps, x)
-	w.taken++
+}
+
+// end takes down the suspended snapshot of x, which is in no origin.
+func (w *world) end(x *worldSnap) {
+	if err := x.dev.Close(context.Background()); err != nil {
+		w.t.Fatalf("%v", err)
+	}
+	eventually(w.t, "all exceptions are idle", func() bool { return x.exceptions.inUse() == 0 })
+	if err := x.Close(); err != nil {
+		w.t.Fatalf("%v", err)
+	}
 }
 
 // drop removes a snapshot, and checks that nobody uses its COW device afterwards.
@@ -216,11 +284,8 @@ func (w *world) drop(i int) {
 	}
 	w.origin.Remove(x.Snapshot)
 	w.dev.Resume()
-	if err := x.dev.Close(context.Background()); err != nil {
-		w.t.Fatalf("%v", err)
-	}
+	w.end(x)
 	fill(x.ram.data, 0xEE)
-	eventually(w.t, "all exceptions are idle", func() bool { return x.exceptions.inUse() == 0 })
 	w.snaps = append(w.snaps[:i:i], w.snaps[i+1:]...)
 }
 
@@ -633,6 +698,7 @@ func (w *world) checkSnap(x *worldSnap, e *expectation, f *worldFault) {
 	if invalid && !e.invalid && f.kind == cowWrite && !f.fired.Load() {
 		w.t.Fatalf("%s: invalid without a reason: %v", x.name, st.Invalid)
 	}
+	x.unreached = x.unreached || invalid && !x.invalid && f.snap == x
 	x.invalid = invalid
 	want := int32(0)
 	if invalid {
@@ -646,7 +712,7 @@ func (w *world) checkSnap(x *worldSnap, e *expectation, f *worldFault) {
 		return
 	}
 	x.kept, x.used = e.need, x.used+e.fresh
-	if got := st.Allocated; got != block.SectorFloor(int64(x.used)*int64(x.chunkSize)) {
+	if got := st.Allocated; got != block.SectorFloor(w.config.room(x.used, x.chunkSize)*int64(x.chunkSize)) {
 		w.t.Fatalf("%s: %d sectors allocated, want %d chunks of %d bytes", x.name, got, x.used, x.chunkSize)
 	}
 	x.Copied(0, x.size, func(offset, length int64, copied bool) bool {
@@ -704,6 +770,10 @@ func (w *world) step() {
 		}
 	case 2:
 		w.verify()
+		if w.config.persistent && len(w.snaps) > 0 {
+			w.steps["reopen"]++
+			w.reopen(w.draw("which", len(w.snaps)))
+		}
 	case 3, 4, 5, 6:
 		w.batch(1)
 	default:
@@ -734,7 +804,11 @@ func TestModel(t *testing.T) {
 					steps[what] += n
 				}
 			}
-			for _, what := range []string{"read", "write", "write zeroes", "discard", "flush", "take", "drop"} {
+			wanted := []string{"read", "write", "write zeroes", "discard", "flush", "take", "drop"}
+			if config.persistent {
+				wanted = append(wanted, "reopen")
+			}
+			for _, what := range wanted {
 				if steps[what] < worlds {
 					t.Errorf("%d times %s: the test has lost its sense", steps[what], what)
 				}
