@@ -131,25 +131,15 @@ func (f completer) Complete(_ *block.Request, err error) { f(err) }
 // zeroes is what zeroes are written from.
 var zeroes [pieceBytes]byte
 
-// submitZeroes submits r, a write of zeroes of any length: as plain writes where that is little, or the device has no
-// other way, in pieces that it takes.
+// submitZeroes submits r, a write of zeroes: as a plain write where that is little, because to make a hole and to fill it
+// soon after costs a file system more.
 func submitZeroes(d block.Device, r *block.Request) {
-	most := d.Limits().WriteZeroesMax / int64(d.Limits().LogicalBlock) * int64(d.Limits().LogicalBlock)
-	plain := r.Length <= pieceBytes || most == 0
-	if plain {
-		most = pieceBytes
+	if r.Length > pieceBytes {
+		block.SubmitZeroes(d, r)
+		return
 	}
-	f := block.NewFan(r)
-	for offset, end := r.Offset, r.End(); offset < end; {
-		n := min(most, end-offset)
-		p := f.Part(offset, n)
-		if plain {
-			p.Op, p.Data = block.OpWrite, zeroes[:n]
-		}
-		d.Submit(p)
-		offset += n
-	}
-	f.Done(nil)
+	r.Op, r.Data = block.OpWrite, zeroes[:r.Length]
+	d.Submit(r)
 }
 
 // OpenPersistent opens the store on d, whose chunk size is that of its header. ErrNoStore: there is none.

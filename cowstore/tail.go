@@ -4,7 +4,6 @@ import (
 	"fmt"
 
 	"cowherd/block"
-	"cowherd/internal/invariant"
 )
 
 // tail is the end of the table: where the next record goes, and an image of the segment around it. A segment is what is
@@ -233,66 +232,98 @@ func (p *Persistent) clean(dirty bool) error {
 	return nil
 }
 
-// Last puts the last records of the table in p, the very last first, and tells how many: all that p holds or fewer, but
-// at least one unless the table is empty. For a merge: nothing may be committed from the first Last on.
+// Last puts the last records of the table in p, the very last first, and tells how many: as many as p holds, or all that
+// are left. For a merge: nothing may be committed from the first Last on.
 func (p *Persistent) Last(records []Record) (int, error) {
 	t := &p.table
-	for t.slot == t.base {
-		if t.area == 0 && t.slot == 0 {
-			return 0, nil
+	area, slot, base, image := t.area, t.slot, t.base, t.image
+	n := 0
+	for n < len(records) {
+		if slot == base {
+			if area == 0 && slot == 0 {
+				break
+			}
+			area, slot, base = p.before(area, slot)
+			image = t.spare
+			if err := p.readSegment(image, area, base); err != nil {
+				return 0, err
+			}
 		}
-		if err := p.retreat(); err != nil {
-			return 0, err
+		for ; n < len(records) && slot > base; n++ {
+			slot--
+			records[n] = recordAt(image, slot-base)
 		}
-	}
-	n := min(len(records), t.slot-t.base)
-	for i := range n {
-		records[i] = recordAt(t.image, t.slot-t.base-1-i)
 	}
 	return n, nil
 }
 
-// retreat goes back to the segment before the current one, which is empty.
-func (p *Persistent) retreat() error {
-	t := &p.table
-	area, slot := t.area, t.slot
-	if slot == 0 {
-		area, slot = area-1, p.layout.AreaRecords()
+// before is the end and the first slot of the segment in front of the one that begins at a slot of an area.
+func (p *Persistent) before(area uint64, base int) (areaBefore uint64, end, baseBefore int) {
+	if base == 0 {
+		area, base = area-1, p.layout.AreaRecords()
 	}
-	base := slot - t.segment()
-	if err := block.Read(p.device, t.image, p.layout.place(area, base)); err != nil {
+	return area, base, base - p.table.segment()
+}
+
+// readSegment reads a segment of an area that is full.
+func (p *Persistent) readSegment(image []byte, area uint64, base int) error {
+	if err := block.Read(p.device, image, p.layout.place(area, base)); err != nil {
 		return fmt.Errorf("read area %d: %w", area, err)
 	}
-	t.area, t.slot, t.base = area, slot, base
-	t.zeroed, t.prepared = area, area // what was behind it may be of use again
-	p.current.Store(area)
 	return nil
 }
 
 // Erase takes the last n records, which Last has told, off the table; when it returns nil that is durable. What they
-// say must be durable elsewhere before: on the origin. The chunks are not given out again before the store is opened
-// the next time.
+// say must be durable elsewhere before: on the origin. Should a crash keep only a part of it, then records in front of
+// others are gone, and those behind are no longer of the table; that is as good as if all were gone. After an error some
+// may be off the table and some not, and Last goes on from there. The chunks are not given out again before the store is
+// opened the next time.
 func (p *Persistent) Erase(n int) error {
-	t := &p.table
 	if p.readOnly {
 		return errReadOnly
 	}
-	invariant.Check(n <= t.slot-t.base, "cowstore: %d records erased of %d", n, t.slot-t.base)
+	t := &p.table
+	for n > 0 {
+		if t.slot == t.base {
+			area, slot, base := p.before(t.area, t.slot)
+			if err := p.readSegment(t.image, area, base); err != nil {
+				return err
+			}
+			t.area, t.slot, t.base = area, slot, base
+			t.zeroed, t.prepared = area, area // what is behind may come to be of use again
+			p.current.Store(area)
+		}
+		count := min(n, t.slot-t.base)
+		if err := p.eraseInSegment(count); err != nil {
+			return fmt.Errorf("erase records of area %d: %w", t.area, err)
+		}
+		n -= count
+	}
+	if err := block.Flush(p.device); err != nil {
+		return fmt.Errorf("erase records: %w", err)
+	}
+	return nil
+}
+
+// eraseInSegment writes zeroes over the last n records of the table, all of which lie in the segment.
+func (p *Persistent) eraseInSegment(n int) error {
+	t := &p.table
 	copy(t.spare, t.image)
 	from, end := (t.slot-n-t.base)*recordBytes, (t.slot-t.base)*recordBytes
 	clear(t.spare[from:end])
 	from, end = from/t.unit*t.unit, min((end+t.unit-1)/t.unit*t.unit, len(t.spare))
-	err := block.Write(p.device, t.spare[from:end], p.layout.place(t.area, t.base)+int64(from))
-	if err == nil {
-		err = block.Flush(p.device)
-	}
-	if err != nil {
-		return fmt.Errorf("erase %d records of area %d: %w", n, t.area, err)
+	if err := block.Write(p.device, t.spare[from:end], p.layout.place(t.area, t.base)+int64(from)); err != nil {
+		return err
 	}
 	t.image, t.spare = t.spare, t.image
 	t.slot -= n
 	p.next.Store(uint64(p.layout.AreaChunk(t.area)) + uint64(t.slot) + 1)
 	return nil
+}
+
+// Records is the number of records in the table. Nothing may be committed meanwhile.
+func (p *Persistent) Records() uint64 {
+	return p.table.area*uint64(p.layout.AreaRecords()) + uint64(p.table.slot)
 }
 
 // readsZero tells whether a range of at most pieceBytes is zero.

@@ -199,9 +199,9 @@ func (s *Snapshot) publish(e *exception) {
 		s.finish(e)
 		return
 	}
-	e.readers.Store(1)
-	s.reads.block(e)
-	e.readDone()
+	e.readers.begin()
+	s.reads.block(e.from, e.from+cowstore.Chunk(e.count), &e.readers)
+	e.readers.end()
 }
 
 // slotAt is the slot of e's chunk number i.
@@ -216,13 +216,6 @@ func (s *Snapshot) slotAt(e *exception, i int) *atomic.Uint64 {
 			"chunk %d: slot %#x does not belong to exception %d", e.from+cowstore.Chunk(i), uint64(v), e.index)
 	}
 	return at
-}
-
-// readDone counts down what e waits for before finish: the tracked reads, and publish itself.
-func (e *exception) readDone() {
-	if e.readers.Add(-1) == 0 {
-		e.snapshot.finish(e)
-	}
 }
 
 // finish lets everybody go on who waited for e.

@@ -33,8 +33,7 @@ type exception struct {
 
 	waiters block.WaitList // writes to the origin and to the snapshot, to be mapped anew
 
-	// readers is the number of tracked reads that must end before finish, and one more while they are counted.
-	readers atomic.Int32
+	readers drain // of tracked reads, before finish
 
 	job    kcopyd.Job
 	dest   [1]kcopyd.Region
@@ -165,6 +164,7 @@ func (p *exceptionPool) make() *exception {
 		return nil
 	}
 	e := &exception{snapshot: p.snapshot, index: uint32(p.made)}
+	e.readers.done = func() { e.snapshot.finish(e) }
 	e.job.Done = e.copied
 	e.commit.Done = e.committed
 	p.all[p.made].Store(e)

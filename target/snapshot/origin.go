@@ -86,34 +86,37 @@ func (o *Origin) Map(r *block.Request) block.Device {
 		r.Complete(nil)
 		return nil
 	}
-	return o.mapWrite(r, snapshots)
+	if !preserved(r, snapshots, o) {
+		return nil
+	}
+	return o.device
 }
 
-// mapWrite makes every snapshot keep what r is about to overwrite. All copies are started before the first is waited
-// for. nil: r waits and will be mapped anew.
-func (o *Origin) mapWrite(r *block.Request, snapshots []*Snapshot) block.Device {
+// preserved makes every snapshot keep what r is about to overwrite. All copies are started before the first is waited
+// for. false: r waits, and waker is to try anew.
+func preserved(r *block.Request, snapshots []*Snapshot, waker block.Waker) bool {
 	var wait pendingChunk
 	var on *Snapshot
 	for _, s := range snapshots {
 		p, h := s.preserve(r)
 		if h != unhindered {
-			s.hold(h, r, o)
-			return nil
+			s.hold(h, r, waker)
+			return false
 		}
 		if p.at != nil {
 			wait, on = p, s
 		}
 	}
 	if on == nil {
-		return o.device
+		return true
 	}
-	on.await(wait, r, o)
-	return nil
+	on.await(wait, r, waker)
+	return false
 }
 
 // Wake maps a write anew that waited.
 func (o *Origin) Wake(r *block.Request) {
-	if d := o.mapWrite(r, o.Snapshots()); d != nil {
-		d.Submit(r)
+	if preserved(r, o.Snapshots(), o) {
+		o.device.Submit(r)
 	}
 }

@@ -9,9 +9,9 @@ import (
 	"cowherd/internal/percpu"
 )
 
-// trackedReads are the reads of a snapshot that go to the origin and are in flight. Reads are kept as ranges, in the
-// shard of their queue; a look-up has to visit every shard, but one that holds no read costs it a single load of a
-// line that nobody writes.
+// trackedReads are the reads of a snapshot that go to the origin and are in flight (and, in a merge, the writes that go
+// to the COW device). They are kept as ranges, in the shard of their queue; a look-up has to visit every shard, but one
+// that holds no read costs it a single load of a line that nobody writes.
 type trackedReads struct {
 	shards percpu.Shards[trackShard]
 }
@@ -28,9 +28,29 @@ type trackedRead struct {
 	snapshot   *Snapshot
 	shard      *trackShard
 	start, end cowstore.Chunk // half-open
-	blocked    []*exception   // that wait for this read
+	blocked    []*drain       // that wait for this read
 	prev, next *trackedRead
 	_          percpu.Pad
+}
+
+// drain waits for tracked reads: done is called when all of those have ended that were in flight when it was made to
+// wait for them. It has one count more while they are counted.
+//
+//	x.begin()
+//	t.block(start, end, x)    for any number of ranges
+//	x.end()                   done may be called from here on
+type drain struct {
+	left atomic.Int32
+	done func() // set once
+}
+
+func (x *drain) begin() { x.left.Store(1) }
+
+// end counts a read off, or the one who has counted them.
+func (x *drain) end() {
+	if x.left.Add(-1) == 0 {
+		x.done()
+	}
 }
 
 // begin tracks a read of the chunks [start, end).
@@ -54,7 +74,7 @@ func (t *trackedReads) begin(s *Snapshot, queue block.Queue, start, end cowstore
 	return n
 }
 
-// end takes n out; exceptions that waited for it alone are finished.
+// finish takes n out; who waited for it alone goes on.
 func (n *trackedRead) finish() {
 	shard := n.shard
 	shard.mu.Lock()
@@ -69,9 +89,9 @@ func (n *trackedRead) finish() {
 	shard.count.Add(-1)
 	shard.mu.Unlock()
 	// Nobody can find n any more: what it blocks is final.
-	for i, e := range n.blocked {
+	for i, x := range n.blocked {
 		n.blocked[i] = nil
-		e.readDone()
+		x.end()
 	}
 	n.blocked = n.blocked[:0]
 	shard.mu.Lock()
@@ -100,8 +120,8 @@ func (t *trackedReads) none() bool {
 	return true
 }
 
-// block makes e wait for every tracked read of its chunks.
-func (t *trackedReads) block(e *exception) {
+// block makes x wait for every tracked read of the chunks [start, end).
+func (t *trackedReads) block(start, end cowstore.Chunk, x *drain) {
 	for i := range t.shards.Len() {
 		shard := t.shards.Index(i)
 		if shard.count.Load() == 0 {
@@ -109,9 +129,9 @@ func (t *trackedReads) block(e *exception) {
 		}
 		shard.mu.Lock()
 		for n := shard.reads; n != nil; n = n.next {
-			if n.start < e.from+cowstore.Chunk(e.count) && e.from < n.end {
-				n.blocked = append(n.blocked, e)
-				e.readers.Add(1)
+			if n.start < end && start < n.end {
+				n.blocked = append(n.blocked, x)
+				x.left.Add(1)
 			}
 		}
 		shard.mu.Unlock()
