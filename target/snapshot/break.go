@@ -79,10 +79,13 @@ func (s *Snapshot) preserve(r *block.Request) (wait pendingChunk, h hindrance) {
 			} else if got != roomFound {
 				continue // the snapshot is invalid now: look again
 			}
-			chunk += cowstore.Chunk(e.count)
+			count := cowstore.Chunk(e.count)
 			if p := s.startCopy(e); p.at != nil {
 				wait = p
+			} else if s.invalidCause() != nil {
+				continue // the copy has ended, perhaps with that: look again
 			}
+			chunk += count
 		}
 	}
 	return wait, unhindered

@@ -37,6 +37,7 @@ const growMin = 64 << 20
 type fullness struct {
 	policy     OnFull
 	max        int64
+	step       int64 // bytes: growMin, but for tests
 	stallMax   time.Duration
 	overflowed atomic.Bool
 	tell       func(cause error) // of an overflow; may be nil
@@ -64,7 +65,7 @@ type warner interface {
 }
 
 func (f *fullness) init(s *Snapshot, c *Config) {
-	f.policy, f.max, f.stallMax, f.tell = c.OnFull, c.COWMax, c.StallMax, c.Overflowed
+	f.policy, f.max, f.step, f.stallMax, f.tell = c.OnFull, c.COWMax, growMin, c.StallMax, c.Overflowed
 	if w, ok := s.store.(warner); ok && c.Warned != nil && len(c.WarnAt) > 0 {
 		w.Warn(c.WarnAt, c.Warned)
 	}
@@ -127,7 +128,7 @@ func (s *Snapshot) growCOW(round uint64) bool {
 	}
 	_, total, _ := s.store.Usage()
 	now := total.Bytes()
-	want := now + max(now/4, growMin, int64(s.chunkSize))
+	want := now + max(now/4, f.step, int64(s.chunkSize))
 	if f.max > 0 {
 		want = min(want, f.max)
 	}
