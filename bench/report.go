@@ -45,7 +45,7 @@ func (rep *Report) add(c KcopydConfig, device string, jobs, depth int, samples m
 	ratio("later-write scaled/bare iops", later, bare, iops)
 }
 
-func column(list []sample, value func(sample) float64) []float64 {
+func column[T any](list []T, value func(T) float64) []float64 {
 	values := make([]float64, len(list))
 	for i, s := range list {
 		values[i] = value(s)

@@ -7,6 +7,7 @@ import (
 	"syscall"
 
 	"cowherd/block"
+	"cowherd/internal/percpu"
 )
 
 // Commit asks a store to remember that Count chunks of the origin, from Old on, lie in as many chunks of the COW device,
@@ -14,6 +15,7 @@ import (
 type Commit struct {
 	Old, New Chunk
 	Count    int
+	Queue    block.Queue
 	// Done is called once, with no lock held, when the exceptions are durable, or never will be: Err.
 	Done func(*Commit)
 	Err  error
@@ -61,9 +63,11 @@ func (l *commitList) add(more *commitList) {
 }
 
 // committing is the group commit. Copies end in any order, on any goroutine; each adds its commit to those gathered,
-// and goes on with its next request. Whoever finds nobody at work becomes the runner, which moves on from completion to
-// completion, on whichever goroutine that is, until nothing is left: there is no thread of its own, and a completion
-// that comes before Submit returns is a turn of a loop and no recursion.
+// and goes on with its next request. Whoever finds nobody at work starts the runner, a goroutine that moves on from
+// completion to completion, on whichever goroutine that is, until nothing is left. It is a new goroutine each time, and
+// not the caller's, because where I/O is over when Submit returns the caller would commit each exception by itself; so
+// those gather which the caller has at hand before it sleeps. A completion that comes before Submit returns is a turn of
+// a loop and no recursion.
 //
 //	gathered     data written, not known to be durable
 //	   | flush begins: a flush covers what was complete before
@@ -74,6 +78,9 @@ func (l *commitList) add(more *commitList) {
 //	written
 //	   | flush begins and ends; the same flush covers what has gathered meanwhile
 //	done         Done is called, while the next write or flush is under way
+//
+// Done is called on goroutines of the commits' queues, one for each queue that a group has commits of: what follows (the
+// write that waited for the copy) is I/O, and would be done by one CPU otherwise.
 //
 // So under load each flush serves two groups, the records of one and the data of the next, and a commit takes between
 // one and two flushes and a write. A put writes into one area only, and ends with a flush before the next: a crash
@@ -89,6 +96,8 @@ func (l *commitList) add(more *commitList) {
 //  1. running is true from the first gathered commit until the runner has found nothing to do, with mu held. Everything
 //     but mu's own is the runner's.
 //  2. A commit is in one list at a time, and moves as drawn.
+//
+// Lock order: mu and doneShard.mu are leaves.
 type committing struct {
 	mu sync.Mutex
 	// +checklocks:mu
@@ -107,6 +116,25 @@ type committing struct {
 	ioErr   atomic.Pointer[error]
 
 	data, zero, flush block.Request
+
+	run     func() // Persistent.runCommits, made once so that starting a goroutine allocates nothing
+	calls   percpu.Shards[doneShard]
+	calling sync.WaitGroup // goroutines of calls
+
+	records, puts, flushes atomic.Uint64 // counted by the runner alone
+}
+
+// Commits count what has been committed since the store was opened.
+type Commits struct {
+	Records uint64 // exceptions
+	Puts    uint64 // writes of records
+	Flushes uint64
+}
+
+// Commits are the store's counters; while it is in use they need not agree with each other.
+func (p *Persistent) Commits() Commits {
+	x := &p.commit
+	return Commits{Records: x.records.Load(), Puts: x.puts.Load(), Flushes: x.flushes.Load()}
 }
 
 // commitStage is what the runner has issued.
@@ -128,7 +156,19 @@ func (p *Persistent) Commit(c *Commit) {
 	x.running = true
 	x.mu.Unlock()
 	if idle {
-		p.runCommits()
+		go x.run()
+	}
+}
+
+func (x *committing) init(p *Persistent) {
+	x.run = p.runCommits
+	x.calls = percpu.New[doneShard]()
+	for i := range x.calls.Len() {
+		s := x.calls.Index(i)
+		s.run = func() {
+			s.drain()
+			x.calling.Done()
+		}
 	}
 }
 
@@ -142,6 +182,7 @@ func (p *Persistent) runCommits() {
 			p.put()
 		case flushing:
 			if p.flushes {
+				x.flushes.Add(1)
 				p.submit(&x.flush, block.OpFlush, 0, nil)
 			}
 		case resting:
@@ -213,13 +254,57 @@ func (p *Persistent) endStage() {
 	x.ready.add(&x.covered)
 }
 
-// callDone hands back the commits that are done.
+// doneShard is the commits of some queues that are done.
+type doneShard struct {
+	run func() // drains it
+
+	mu sync.Mutex
+	// +checklocks:mu
+	list commitList
+	// A goroutine runs the list dry.
+	running bool // +checklocks:mu
+}
+
+// callDone hands back the commits that are done: on this goroutine if all are of one queue.
 func (x *committing) callDone() {
-	done := x.done
-	x.done = commitList{}
-	for !done.empty() {
-		c := done.pop()
-		c.Done(c)
+	var mine *doneShard
+	for !x.done.empty() {
+		c := x.done.pop()
+		s := x.calls.At(uint(c.Queue))
+		s.mu.Lock()
+		s.list.push(c)
+		idle := !s.running
+		s.running = true
+		s.mu.Unlock()
+		if !idle {
+			continue
+		}
+		if mine != nil {
+			x.calling.Add(1)
+			go mine.run()
+		}
+		mine = s
+	}
+	if mine != nil {
+		mine.drain()
+	}
+}
+
+// drain calls Done until nothing is left. The caller has set running.
+func (s *doneShard) drain() {
+	for {
+		s.mu.Lock()
+		list := s.list
+		s.list = commitList{}
+		s.running = !list.empty()
+		s.mu.Unlock()
+		if list.empty() {
+			return
+		}
+		for !list.empty() {
+			c := list.pop()
+			c.Done(c)
+		}
 	}
 }
 
@@ -279,6 +364,8 @@ func (p *Persistent) put() {
 		}
 	}
 	if t.slot > first {
+		x.puts.Add(1)
+		x.records.Add(uint64(t.slot - first))
 		offset, data := t.dirty(layout, first)
 		p.submit(&x.data, block.OpWrite, offset, data)
 		t.turn(layout)
@@ -286,17 +373,19 @@ func (p *Persistent) put() {
 	}
 }
 
-// wait returns when there is no runner.
+// wait returns when there is no runner and no Done is running.
 func (x *committing) wait() {
 	x.mu.Lock()
-	if !x.running {
-		x.mu.Unlock()
-		return
+	var ended chan struct{}
+	if x.running {
+		if x.ended == nil {
+			x.ended = make(chan struct{})
+		}
+		ended = x.ended
 	}
-	if x.ended == nil {
-		x.ended = make(chan struct{})
-	}
-	ended := x.ended
 	x.mu.Unlock()
-	<-ended
+	if ended != nil {
+		<-ended
+	}
+	x.calling.Wait()
 }

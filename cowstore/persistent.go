@@ -168,6 +168,7 @@ func OpenPersistent(d block.Device, c PersistentConfig) (*Persistent, error) {
 	p.next.Store(2)
 	p.measure(d.Size())
 	p.table.init(p)
+	p.commit.init(p)
 	return p, nil
 }
 

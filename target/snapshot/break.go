@@ -185,7 +185,7 @@ func (e *exception) copied(j *kcopyd.Job) {
 		s.overwritten.At(uint(e.queue)).Add(uint64(e.count))
 	}
 	if s.persistent != nil {
-		e.commit.Old, e.commit.New, e.commit.Count = e.from, e.to, e.count
+		e.commit.Old, e.commit.New, e.commit.Count, e.commit.Queue = e.from, e.to, e.count, e.queue
 		s.persistent.Commit(&e.commit)
 		return
 	}
