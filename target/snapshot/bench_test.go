@@ -159,3 +159,48 @@ func BenchmarkSnapshotWrite(b *testing.B) {
 		x.run(b, jobs, func() { x.retake(b) }, func() *dm.Device { return x.snap }, block.OpWrite)
 	})
 }
+
+// BenchmarkLoad opens a store of a million exceptions, scattered over 1 TiB or dense.
+func BenchmarkLoad(b *testing.B) {
+	const count = 1 << 20
+	for _, spread := range []cowstore.Chunk{1, 256} {
+		b.Run(fmt.Sprintf("spread=%d", spread), func(b *testing.B) {
+			d := newRAM((count + count/256 + 10) * benchChunk)
+			p, err := cowstore.CreatePersistent(d, benchChunk, cowstore.PersistentConfig{})
+			if err != nil {
+				b.Fatal(err)
+			}
+			done := make(chan struct{}, 1)
+			c := &cowstore.Commit{Count: 1, Done: func(*cowstore.Commit) { done <- struct{}{} }}
+			for i := range cowstore.Chunk(count) {
+				if c.New, _, err = p.Allocate(0, 1); err != nil {
+					b.Fatal(err)
+				}
+				c.Old = i * 0x9e3779b1 % count * spread
+				p.Commit(c)
+				<-done
+			}
+			p.Wait()
+			origin := NewOrigin(sized{newNoop(), count * int64(spread) * benchChunk})
+			b.ReportAllocs()
+			for b.Loop() {
+				p, err := cowstore.OpenPersistent(d, cowstore.PersistentConfig{})
+				if err != nil {
+					b.Fatal(err)
+				}
+				if _, err := New(Config{Origin: origin, COW: d, Store: p}); err != nil {
+					b.Fatal(err)
+				}
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/count, "ns/exception")
+		})
+	}
+}
+
+// sized is a device of another size.
+type sized struct {
+	block.Device
+	size int64
+}
+
+func (d sized) Size() int64 { return d.size }

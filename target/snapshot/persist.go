@@ -2,6 +2,7 @@ package snapshot
 
 import (
 	"fmt"
+	"runtime"
 	"sync/atomic"
 	"syscall"
 
@@ -25,35 +26,16 @@ func (s *Snapshot) load() error {
 		s.verdict.known.Store(true)
 		return nil
 	}
-	var refused error
-	err := s.persistent.Load(s.chunkSize.ChunkCeil(s.size), func(r cowstore.Record) bool {
-		doubled := false
-		doubled, refused = s.loadRecord(r)
-		return !doubled && refused == nil
-	})
-	if refused != nil {
-		return refused
+	workers := min(runtime.GOMAXPROCS(0), loadWorkersMax)
+	l := newTableLoader(s.table, workers)
+	if err := s.persistent.LoadTable(s.chunkSize.ChunkCeil(s.size), workers, l); err != nil {
+		return err
 	}
-	return err
+	return l.finish()
 }
 
-// loadRecord adds an exception to the table, unless its chunk has one.
-func (s *Snapshot) loadRecord(r cowstore.Record) (doubled bool, err error) {
-	at := s.table.find(r.Old)
-	if at == nil {
-		at = s.table.insert(0, r.Old)
-	}
-	switch {
-	case at == nil:
-		return false, fmt.Errorf("the exception table is full: %w", syscall.ENOMEM)
-	case r.New >= 1<<slotChunkBits:
-		return false, fmt.Errorf("chunk %d of the COW device is beyond what is supported: %w", r.New, syscall.EFBIG)
-	case slot(at.Load()).state() != none:
-		return true, nil
-	}
-	at.Store(uint64(copiedSlot(r.New)))
-	return false, nil
-}
+// loadWorkersMax bounds the goroutines that fill the table.
+const loadWorkersMax = 8
 
 // committed goes on with e when its records are durable, or will never be.
 func (e *exception) committed(c *cowstore.Commit) {

@@ -102,9 +102,10 @@ func tableHash(number uint64) uint64 {
 
 // shard is where a group is indexed: neighbours over 4096 chunks are indexed together, so that jobs which write to
 // ranges of their own seldom meet in a shard.
-func (t *table) shard(number uint64) *tableShard {
-	return &t.shards[number>>rangeShift*0x9e3779b97f4a7c15>>58]
-}
+func (t *table) shard(number uint64) *tableShard { return &t.shards[shardOf(number)] }
+
+// shardOf is the number of that shard.
+func shardOf(number uint64) int { return int(number >> rangeShift * 0x9e3779b97f4a7c15 >> 58) }
 
 // entryTag is the part of an entry that tells most groups apart without a look at the group.
 func entryTag(hash, number uint64) uint32 {
