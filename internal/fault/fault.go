@@ -2,7 +2,9 @@
 // out of order by other goroutines. Errors are injected above the lower device, holding too, so that what the lower
 // device holds is what would be on a disk.
 //
-// Lock order: Device.mu and Async's are leaves.
+// A Recorder records what reaches several disks, and its Replay gives what they hold after a crash at any moment.
+//
+// Lock order: all are leaves: Device.mu, Async.mu, Recorder.mu, Image.mu.
 package fault
 
 import (
