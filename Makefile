@@ -24,12 +24,13 @@ BENCHFLAGS ?= -benchmem
 COUNT      ?= 20
 FUZZ       ?= .
 FUZZTIME   ?= 30s
+CRASHTIME  ?= 2h
 IMAGE      ?=
 
 TOOLS      := bin/tools
 BENCHMARKED = $(shell grep -rl --include='*_test.go' '^func Benchmark' . | xargs -r dirname | sort -u)
 
-.PHONY: build demo test check fmt vet staticcheck checklocks archtest cross tools bench stress fuzz clean help
+.PHONY: build demo test check fmt vet staticcheck checklocks archtest cross tools bench stress fuzz crash clean help
 
 ## build: bin/cowherd (what plain `make` does)
 build:
@@ -93,6 +94,10 @@ stress:
 ## fuzz: every fuzz target for FUZZTIME (FUZZ=regexp of names)
 fuzz:
 	@scripts/fuzz.sh '$(FUZZ)' '$(FUZZTIME)'
+
+## crash: crash tests with new seeds for CRASHTIME
+crash:
+	go test ./test/crash -count=1 -timeout 0 -for $(CRASHTIME)
 
 ## clean: remove what make built
 clean:

@@ -1,0 +1,305 @@
+package crash
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+
+	"cowherd/block"
+	"cowherd/cowstore"
+	"cowherd/internal/fault"
+	"cowherd/kcopyd"
+)
+
+// checker goes through the log of a generation and looks at the disks after a crash at each event.
+type checker struct {
+	c      *config
+	random *rand.Rand
+	engine kcopyd.Engine
+	replay *fault.Replay
+
+	views    [2]*view
+	watching bool
+	taken    bool
+	dropped  bool // or about to be
+	// The chunks that have an exception, or may have.
+	touched map[cowstore.Chunk]bool
+
+	crashes, invalid int
+	next             start // where the next generation begins
+	nextAt           int   // the event after which it does
+
+	origin, cow, expect, got []byte // buffers
+}
+
+func newChecker(g *generation, engine kcopyd.Engine) *checker {
+	p := g.rec.Replay()
+	k := &checker{
+		c: g.c, random: g.random, engine: engine, replay: p, touched: map[cowstore.Chunk]bool{},
+		nextAt: g.random.IntN(p.Len()),
+	}
+	k.views[onOrigin] = newView("origin", slices.Clone(g.start.origin))
+	if g.start.snapshot != nil {
+		k.taken = true
+		k.views[onSnapshot] = newView("snapshot", slices.Clone(g.start.snapshot))
+		if t, err := parseTable(g.start.cow); err == nil {
+			for _, old := range t.old {
+				k.touched[cowstore.Chunk(old)] = true
+			}
+		}
+	}
+	for _, p := range []*[]byte{&k.origin, &k.expect, &k.got} {
+		*p = make([]byte, g.c.origin)
+	}
+	k.cow = make([]byte, len(g.start.cow))
+	return k
+}
+
+// cutsAtFlush is the number of power failures that are tried before each flush.
+const cutsAtFlush = 4
+
+// run goes through the whole log.
+func (k *checker) run() error {
+	for {
+		e, more := k.replay.Peek()
+		if more && e.Kind == fault.EventMark {
+			k.replay.Step()
+			if err := k.mark(e.Mark); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := k.crash(e); err != nil {
+			return err
+		}
+		if !more {
+			return nil
+		}
+		k.replay.Step()
+	}
+}
+
+// mark takes over what the run knew at this point.
+func (k *checker) mark(mark any) error {
+	switch m := mark.(type) {
+	case began:
+		k.views[m.on].begin(m.op)
+		if m.kind != block.OpFlush && k.taken {
+			for chunk := k.c.chunk.ChunkFloor(m.offset); chunk < k.c.chunk.ChunkCeil(m.offset+m.length); chunk++ {
+				k.touched[chunk] = true
+			}
+		}
+	case ended:
+		k.views[m.on].end(m.op)
+	case watch:
+		k.watching = true
+	case taken:
+		if !k.taken {
+			k.taken = true
+			k.views[onSnapshot] = newView("snapshot", slices.Clone(k.views[onOrigin].newest))
+		}
+	case dropping:
+		k.dropped = true
+	case over:
+		return k.compareEnd(m)
+	}
+	return nil
+}
+
+// compareEnd compares what the devices held with what they should.
+func (k *checker) compareEnd(m over) error {
+	if at := differs(m.origin, k.views[onOrigin].newest); at >= 0 {
+		return fmt.Errorf("without a crash: byte %d of the origin is wrong", at)
+	}
+	if m.snapshot == nil || k.mayBeInvalid() {
+		return nil // the model does not know which writes have failed
+	}
+	if at := differs(m.snapshot, k.views[onSnapshot].newest); at >= 0 {
+		return fmt.Errorf("without a crash: byte %d of the snapshot is wrong", at)
+	}
+	return nil
+}
+
+// crash looks at the disks here, before the next event.
+func (k *checker) crash(next fault.Event) error {
+	if !k.watching || k.replay.At()%every() != 0 && k.replay.At() != k.replay.Len() {
+		return nil
+	}
+	if err := k.look(k.replay.Kill(), true); err != nil {
+		return k.explain("the program is killed", err)
+	}
+	cuts := 0
+	switch {
+	case k.replay.Volatile() == 0:
+	case next.Kind == fault.EventFlush || next.Kind == fault.EventDurable:
+		cuts = cutsAtFlush
+	case k.random.IntN(3) == 0:
+		cuts = 1
+	}
+	for range cuts {
+		if err := k.look(k.replay.PowerCut(k.random), false); err != nil {
+			return k.explain("the power fails", err)
+		}
+	}
+	return nil
+}
+
+// explain adds where it was.
+func (k *checker) explain(what string, err error) error {
+	var log strings.Builder
+	for _, e := range k.replay.Last(30) {
+		line := e.String()
+		if e.Kind == fault.EventMark {
+			line = fmt.Sprintf("mark     %T %v", e.Mark, e.Mark)
+		}
+		log.WriteString("\n  " + line)
+	}
+	return fmt.Errorf("%s after event %d of %d: %w; the last events:%s", what, k.replay.At(), k.replay.Len(), err, log.String())
+}
+
+// look checks everything that must hold of the images of the origin and the COW device.
+func (k *checker) look(images []*fault.Image, killed bool) error {
+	k.crashes++
+	if err := errors.Join(read(images[0], k.origin), read(images[1], k.cow)); err != nil {
+		return err
+	}
+	if err := k.views[onOrigin].check(k.origin, killed); err != nil {
+		return err
+	}
+	if !k.taken {
+		return k.keep(nil)
+	}
+	t, err := parseTable(k.cow)
+	switch {
+	case err != nil:
+		return fmt.Errorf("the kernel would not like the store: %w", err)
+	case !t.there:
+		return errors.New("there is no store")
+	case !t.valid:
+		return k.lookInvalid(images)
+	}
+	if err := t.view(k.expect, k.origin, k.cow); err != nil {
+		return err
+	}
+	if err := k.views[onSnapshot].check(k.expect, killed); err != nil {
+		return fmt.Errorf("in the kernel: %w", err)
+	}
+	if err := k.keep(k.expect); err != nil {
+		return err
+	}
+	return k.reopen(images)
+}
+
+// mayBeInvalid tells whether the snapshot may be invalid by now.
+func (k *checker) mayBeInvalid() bool { return k.dropped || len(k.touched)+1 >= k.c.capacity() }
+
+// lookInvalid checks a store that says that it is invalid.
+func (k *checker) lookInvalid(images []*fault.Image) error {
+	k.invalid++
+	if !k.mayBeInvalid() {
+		return fmt.Errorf("the store is invalid, with %d chunks touched and room for %d", len(k.touched), k.c.capacity())
+	}
+	s, err := k.open(images)
+	if err != nil {
+		return fmt.Errorf("open an invalid store: %w", err)
+	}
+	if s.snap.Status().Invalid == nil || read(s.devices[onSnapshot], k.got) == nil {
+		err = errors.New("an invalid snapshot can be read")
+	}
+	return errors.Join(err, k.keep(nil), s.close())
+}
+
+// open puts a stack on images, as after a restart.
+func (k *checker) open(images []*fault.Image) (*stack, error) {
+	store, err := cowstore.OpenPersistent(images[1], cowstore.PersistentConfig{})
+	if err != nil {
+		return nil, err
+	}
+	s := openStack(images[0], k.engine)
+	return s, s.take(images[1], store, k.c.onFull, func() error { return nil })
+}
+
+// reopen compares the reopened snapshot with what the kernel would show, which is right, and now and then goes on with
+// it for a while.
+func (k *checker) reopen(images []*fault.Image) error {
+	s, err := k.open(images)
+	if err != nil {
+		return fmt.Errorf("open the store: %w", err)
+	}
+	if invalid := s.snap.Status().Invalid; invalid != nil {
+		return fmt.Errorf("the reopened snapshot is invalid: %w", invalid)
+	}
+	if err := read(s.devices[onSnapshot], k.got); err != nil {
+		return fmt.Errorf("the reopened snapshot: %w", err)
+	}
+	if at := differs(k.got, k.expect); at >= 0 {
+		return fmt.Errorf("byte %d of the reopened snapshot is %#x; the kernel would show %#x", at, k.got[at], k.expect[at])
+	}
+	if k.random.IntN(8) == 0 {
+		if err := k.goOn(s); err != nil {
+			return fmt.Errorf("the reopened snapshot: %w", err)
+		}
+	}
+	return s.close()
+}
+
+// differs is the index of the first difference, or -1.
+func differs(got, want []byte) int {
+	if bytes.Equal(got, want) {
+		return -1
+	}
+	for i := range got {
+		if got[i] != want[i] {
+			return i
+		}
+	}
+	return len(got)
+}
+
+// goOn writes to both devices of a reopened stack; k.origin and k.expect are what they hold.
+func (k *checker) goOn(s *stack) error {
+	m := maker{random: k.random, c: k.c, stamp: new(uint64)}
+	for range 6 {
+		for _, o := range m.step() {
+			err := k.doOne(s, o)
+			if st := s.snap.Status(); k.c.isShort() && (st.Invalid != nil || st.Overflowed) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+		}
+	}
+	if err := read(s.devices[onSnapshot], k.got); err != nil {
+		return err
+	}
+	if at := differs(k.got, k.expect); at >= 0 {
+		return fmt.Errorf("after more writes byte %d is %#x instead of %#x", at, k.got[at], k.expect[at])
+	}
+	return nil
+}
+
+// doOne does an operation on a reopened stack and in k.origin or k.expect.
+func (k *checker) doOne(s *stack, o *op) error {
+	var data []byte
+	content := [][]byte{k.origin, k.expect}[o.on][o.offset:][:o.length]
+	if o.kind != block.OpFlush {
+		o.fill(content)
+	}
+	if o.kind == block.OpWrite {
+		data = content
+	}
+	return block.Do(s.devices[o.on], o.kind, o.flags, o.offset, o.length, data)
+}
+
+// keep makes these disks the start of the next generation, when their time has come. snapshot is the view; nil: none.
+func (k *checker) keep(snapshot []byte) error {
+	if k.next.origin != nil && (k.replay.At() < k.nextAt || k.random.IntN(2) == 0) || k.replay.At() > k.nextAt+20 && k.next.origin != nil {
+		return nil
+	}
+	k.next = start{origin: slices.Clone(k.origin), cow: slices.Clone(k.cow), snapshot: slices.Clone(snapshot)}
+	return nil
+}
