@@ -28,9 +28,10 @@ type checker struct {
 	// The chunks that have an exception, or may have.
 	touched map[cowstore.Chunk]bool
 
-	crashes, invalid int
-	next             start // where the next generation begins
-	nextAt           int   // the event after which it does
+	crashes, invalid, rests int
+	next                    start // where the next generation begins
+	nextAt                  int   // the event after which it does, unless
+	nextRest                bool  // there is a rest behind the table
 
 	origin, cow, expect, got []byte // buffers
 }
@@ -58,8 +59,11 @@ func newChecker(g *generation, engine kcopyd.Engine) *checker {
 	return k
 }
 
-// cutsAtFlush is the number of power failures that are tried before each flush.
-const cutsAtFlush = 4
+// The number of power failures that are tried before each flush, and where writes of the table have many sectors.
+const (
+	cutsAtFlush     = 4
+	cutsAtFlushMany = 24
+)
 
 // run goes through the whole log.
 func (k *checker) run() error {
@@ -135,7 +139,9 @@ func (k *checker) crash(next fault.Event) error {
 	switch {
 	case k.replay.Volatile() == 0:
 	case next.Kind == fault.EventFlush || next.Kind == fault.EventDurable:
-		cuts = cutsAtFlush
+		if cuts = cutsAtFlush; k.c.longest > 0 {
+			cuts = cutsAtFlushMany
+		}
 	case k.random.IntN(3) == 0:
 		cuts = 1
 	}
@@ -170,7 +176,8 @@ func (k *checker) look(images []*fault.Image, killed bool) error {
 		return err
 	}
 	if !k.taken {
-		return k.keep(nil)
+		k.keep(nil, false)
+		return nil
 	}
 	t, err := parseTable(k.cow)
 	switch {
@@ -187,10 +194,11 @@ func (k *checker) look(images []*fault.Image, killed bool) error {
 	if err := k.views[onSnapshot].check(k.expect, killed); err != nil {
 		return fmt.Errorf("in the kernel: %w", err)
 	}
-	if err := k.keep(k.expect); err != nil {
-		return err
+	k.keep(k.expect, t.rest)
+	if t.rest {
+		k.rests++
 	}
-	return k.reopen(images)
+	return k.reopen(images, t.rest)
 }
 
 // mayBeInvalid tells whether the snapshot may be invalid by now.
@@ -209,7 +217,8 @@ func (k *checker) lookInvalid(images []*fault.Image) error {
 	if s.snap.Status().Invalid == nil || read(s.devices[onSnapshot], k.got) == nil {
 		err = errors.New("an invalid snapshot can be read")
 	}
-	return errors.Join(err, k.keep(nil), s.close())
+	k.keep(nil, false)
+	return errors.Join(err, s.close())
 }
 
 // open puts a stack on images, as after a restart.
@@ -223,8 +232,8 @@ func (k *checker) open(images []*fault.Image) (*stack, error) {
 }
 
 // reopen compares the reopened snapshot with what the kernel would show, which is right, and now and then goes on with
-// it for a while.
-func (k *checker) reopen(images []*fault.Image) error {
+// it for a while; always if there is a rest behind the table, which must not come back.
+func (k *checker) reopen(images []*fault.Image, rest bool) error {
 	s, err := k.open(images)
 	if err != nil {
 		return fmt.Errorf("open the store: %w", err)
@@ -238,12 +247,35 @@ func (k *checker) reopen(images []*fault.Image) error {
 	if at := differs(k.got, k.expect); at >= 0 {
 		return fmt.Errorf("byte %d of the reopened snapshot is %#x; the kernel would show %#x", at, k.got[at], k.expect[at])
 	}
-	if k.random.IntN(8) == 0 {
-		if err := k.goOn(s); err != nil {
-			return fmt.Errorf("the reopened snapshot: %w", err)
-		}
+	if !rest && k.random.IntN(8) > 0 {
+		return s.close()
 	}
-	return s.close()
+	short, err := k.goOn(s)
+	if err = errors.Join(err, s.close()); err == nil && !short {
+		err = k.lookAgain(images)
+	}
+	if err != nil {
+		return fmt.Errorf("the reopened snapshot is written: %w", err)
+	}
+	return nil
+}
+
+// lookAgain compares what the kernel would show with k.expect, and the origin with k.origin.
+func (k *checker) lookAgain(images []*fault.Image) error {
+	t, err := parseTable(images[1].Content())
+	if err != nil {
+		return err
+	}
+	if at := differs(images[0].Content(), k.origin); at >= 0 {
+		return fmt.Errorf("byte %d of the origin is wrong", at)
+	}
+	if err := t.view(k.got, k.origin, images[1].Content()); err != nil {
+		return err
+	}
+	if at := differs(k.got, k.expect); at >= 0 {
+		return fmt.Errorf("byte %d is %#x in the kernel instead of %#x", at, k.got[at], k.expect[at])
+	}
+	return nil
 }
 
 // differs is the index of the first difference, or -1.
@@ -259,27 +291,27 @@ func differs(got, want []byte) int {
 	return len(got)
 }
 
-// goOn writes to both devices of a reopened stack; k.origin and k.expect are what they hold.
-func (k *checker) goOn(s *stack) error {
+// goOn writes to both devices of a reopened stack; k.origin and k.expect are what they hold. short: there is no room.
+func (k *checker) goOn(s *stack) (short bool, err error) {
 	m := maker{random: k.random, c: k.c, stamp: new(uint64)}
 	for range 6 {
 		for _, o := range m.step() {
 			err := k.doOne(s, o)
 			if st := s.snap.Status(); k.c.isShort() && (st.Invalid != nil || st.Overflowed) {
-				return nil
+				return true, nil
 			}
 			if err != nil {
-				return err
+				return false, err
 			}
 		}
 	}
 	if err := read(s.devices[onSnapshot], k.got); err != nil {
-		return err
+		return false, err
 	}
 	if at := differs(k.got, k.expect); at >= 0 {
-		return fmt.Errorf("after more writes byte %d is %#x instead of %#x", at, k.got[at], k.expect[at])
+		return false, fmt.Errorf("byte %d is %#x instead of %#x", at, k.got[at], k.expect[at])
 	}
-	return nil
+	return false, nil
 }
 
 // doOne does an operation on a reopened stack and in k.origin or k.expect.
@@ -295,11 +327,16 @@ func (k *checker) doOne(s *stack, o *op) error {
 	return block.Do(s.devices[o.on], o.kind, o.flags, o.offset, o.length, data)
 }
 
-// keep makes these disks the start of the next generation, when their time has come. snapshot is the view; nil: none.
-func (k *checker) keep(snapshot []byte) error {
-	if k.next.origin != nil && (k.replay.At() < k.nextAt || k.random.IntN(2) == 0) || k.replay.At() > k.nextAt+20 && k.next.origin != nil {
-		return nil
+// keep makes these disks the start of the next generation, unless there are others that are more to the point: a store
+// with a rest behind its table, or a crash at the event that was chosen. snapshot is the view; nil: there is none.
+func (k *checker) keep(snapshot []byte, rest bool) {
+	end := k.replay.At() == k.replay.Len()
+	better := k.next.origin == nil && (end || k.replay.At() >= k.nextAt && k.random.IntN(2) == 0)
+	if rest {
+		better = !k.nextRest || k.random.IntN(4) == 0
 	}
-	k.next = start{origin: slices.Clone(k.origin), cow: slices.Clone(k.cow), snapshot: slices.Clone(snapshot)}
-	return nil
+	if better {
+		k.next = start{origin: slices.Clone(k.origin), cow: slices.Clone(k.cow), snapshot: slices.Clone(snapshot)}
+		k.nextRest = rest
+	}
 }

@@ -20,8 +20,11 @@ var cases = []struct {
 	{"areas", config{mode: now, chunk: 1 << 10, origin: 200 << 10, room: 215, logical: 512, width: 6, steps: 60}},
 	{"areas,parallel", config{mode: parallel, chunk: 1 << 10, origin: 200 << 10, room: 215, logical: 512, width: 6, steps: 60}},
 	{"areas,late", config{mode: late, chunk: 2 << 10, origin: 400 << 10, room: 215, logical: 512, width: 10, steps: 50}},
-	// An area of one sector.
-	{"sector", config{mode: now, chunk: 512, origin: 80 << 10, room: 180, logical: 512, width: 6, steps: 50}},
+	// Writes over many chunks, whose records fill an area at once, and of which a power failure takes some.
+	{"runs", config{mode: now, chunk: 1 << 10, origin: 300 << 10, room: 320, logical: 512, width: 6, steps: 20, longest: 90}},
+	{"runs,late", config{mode: late, chunk: 2 << 10, origin: 600 << 10, room: 320, logical: 512, width: 10, steps: 15, longest: 140}},
+	// Areas of one sector, some of which are filled with one write.
+	{"sector", config{mode: now, chunk: 512, origin: 200 << 10, room: 450, logical: 512, width: 6, steps: 30, longest: 80}},
 	// Stores that are made, where another one was. The first area is all but full when crashes begin.
 	{"4k", config{mode: now, chunk: 4 << 10, origin: 290 << 12, room: 300, logical: 512, width: 6, steps: 25,
 		prefill: 235 << 12}},
@@ -104,8 +107,8 @@ func (c config) run(t *testing.T, seed uint64) error {
 		if err := k.run(); err != nil {
 			return fmt.Errorf("generation %d: %w", i, err)
 		}
-		t.Logf("generation %d: %d events, %d crashes, %d with an invalid store", i,
-			k.replay.Len(), k.crashes, k.invalid)
+		t.Logf("generation %d: %d events, %d crashes, %d with an invalid store, %d with a rest behind the table", i,
+			k.replay.Len(), k.crashes, k.invalid, k.rests)
 		s = k.next
 	}
 	return nil

@@ -109,7 +109,7 @@ func (m *maker) place(o *op) {
 	case 0:
 		o.length = chunk
 	case 1:
-		o.length = chunk * (1 + m.random.Int64N(6))
+		o.length = chunk * (1 + m.random.Int64N(max(6, m.c.longest)))
 	default:
 		o.offset = m.random.Int64N(m.c.origin/unit) * unit
 		o.length = unit + m.random.Int64N(2*chunk/unit)*unit

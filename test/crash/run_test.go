@@ -32,6 +32,7 @@ type config struct {
 	plain   bool  // the disks take no writes of zeroes
 	width   int   // operations at the same time
 	steps   int   // of a generation
+	longest int64 // chunks of a write that is as long as several; 0: 6
 	prefill int64 // bytes of the origin that are written first, without a crash
 	onFull  snapshot.OnFull
 	drop    bool // the snapshot is removed at the end
@@ -131,10 +132,15 @@ func (g *generation) run() (err error) {
 		return err
 	}
 	if g.c.prefill > 0 {
-		if err := g.prefill(); err != nil {
+		if err := g.sweep(g.c.prefill, 1<<20); err != nil {
 			return err
 		}
 		g.rec.Mark(watch{})
+	}
+	if g.c.longest > 0 {
+		if err := g.sweep(g.c.origin/2, g.c.longest*int64(g.c.chunk)); err != nil {
+			return err
+		}
 	}
 	for range g.c.steps {
 		if err := g.do(g.maker.step()); err != nil {
@@ -189,15 +195,14 @@ func (g *generation) flush(d block.Device) error {
 	return nil
 }
 
-// prefill writes to the front of the origin.
-func (g *generation) prefill() error {
-	for at := int64(0); at < g.c.prefill; {
+// sweep writes to the front of the origin, so much at a time.
+func (g *generation) sweep(length, step int64) error {
+	for at := int64(0); at < length; at += step {
 		*g.maker.stamp++
-		o := &op{kind: block.OpWrite, offset: at, length: min(1<<20, g.c.prefill-at), stamp: *g.maker.stamp}
+		o := &op{kind: block.OpWrite, offset: at, length: min(step, length-at), stamp: *g.maker.stamp}
 		if err := g.do([]*op{o}); err != nil {
 			return err
 		}
-		at += o.length
 	}
 	return nil
 }

@@ -1,6 +1,7 @@
 package crash
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
@@ -22,6 +23,7 @@ type table struct {
 	chunk int64 // bytes
 	old   []uint64
 	new   []uint64
+	rest  bool // there is something behind the end of the table, in its area
 }
 
 // parseTable reads a COW device. The error is about what the format forbids.
@@ -44,6 +46,7 @@ func parseTable(cow []byte) (*table, error) {
 			p := cow[at+slot*recordLen:]
 			r := [2]uint64{le.Uint64(p), le.Uint64(p[8:])}
 			if r[1] == 0 {
+				t.rest = len(bytes.Trim(cow[at+slot*recordLen:at+t.chunk], "\x00")) > 0
 				return t, t.check(len(cow))
 			}
 			t.old, t.new = append(t.old, r[0]), append(t.new, r[1])
