@@ -27,6 +27,7 @@ type checker struct {
 	dropped  bool // or about to be
 	// The chunks that have an exception, or may have.
 	touched map[cowstore.Chunk]bool
+	before  []byte // what the COW device held at first
 
 	crashes, invalid, rests int
 	next                    start // where the next generation begins
@@ -40,7 +41,7 @@ func newChecker(g *generation, engine kcopyd.Engine) *checker {
 	p := g.rec.Replay()
 	k := &checker{
 		c: g.c, random: g.random, engine: engine, replay: p, touched: map[cowstore.Chunk]bool{},
-		nextAt: g.random.IntN(p.Len()),
+		before: g.start.cow, nextAt: g.random.IntN(p.Len()),
 	}
 	k.views[onOrigin] = newView("origin", slices.Clone(g.start.origin))
 	if g.start.snapshot != nil {
@@ -175,11 +176,11 @@ func (k *checker) look(images []*fault.Image, killed bool) error {
 	if err := k.views[onOrigin].check(k.origin, killed); err != nil {
 		return err
 	}
+	t, err := parseTable(k.cow)
 	if !k.taken {
 		k.keep(nil, false)
-		return nil
+		return k.lookUnmade(t, err)
 	}
-	t, err := parseTable(k.cow)
 	switch {
 	case err != nil:
 		return fmt.Errorf("the kernel would not like the store: %w", err)
@@ -199,6 +200,15 @@ func (k *checker) look(images []*fault.Image, killed bool) error {
 		k.rests++
 	}
 	return k.reopen(images, t.rest)
+}
+
+// lookUnmade checks a device on which a store was being made: it holds none, an empty one, or still the one before.
+func (k *checker) lookUnmade(t *table, err error) error {
+	empty := err == nil && len(t.old) == 0
+	if !empty && !bytes.Equal(k.cow[k.c.chunk:], k.before[k.c.chunk:]) {
+		return errors.New("the device holds something between two stores")
+	}
+	return nil
 }
 
 // mayBeInvalid tells whether the snapshot may be invalid by now.
