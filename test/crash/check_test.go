@@ -14,35 +14,114 @@ import (
 	"cowherd/kcopyd"
 )
 
-// checker goes through the log of a generation and looks at the disks after a crash at each event.
-type checker struct {
-	c      *config
-	random *rand.Rand
-	engine kcopyd.Engine
-	replay *fault.Replay
-
-	views    [2]*view
+// walker goes through the log of a run, and looks at the disks after a crash at each event.
+type walker struct {
+	c        *config
+	random   *rand.Rand
+	replay   *fault.Replay
 	watching bool
-	taken    bool
-	dropped  bool // or about to be
+	crashes  int
+
+	mark func(mark any) error                           // takes over what the run knew at this point
+	look func(images []*fault.Image, killed bool) error // checks everything that must hold
+}
+
+// The number of power failures that are tried before each flush, and where writes of the table have many sectors.
+const (
+	cutsAtFlush     = 4
+	cutsAtFlushMany = 24
+)
+
+// walk goes through the whole log.
+func (w *walker) walk() error {
+	for {
+		e, more := w.replay.Peek()
+		switch {
+		case !more || e.Kind != fault.EventMark:
+			if err := w.crash(e); err != nil || !more {
+				return err
+			}
+		case e.Mark == watch{}:
+			w.watching = true
+		default:
+			if err := w.mark(e.Mark); err != nil {
+				return w.explain("without a crash", err)
+			}
+		}
+		w.replay.Step()
+	}
+}
+
+// crash looks at the disks here, before the next event.
+func (w *walker) crash(next fault.Event) error {
+	if !w.watching || w.replay.At()%every() != 0 && w.replay.At() != w.replay.Len() {
+		return nil
+	}
+	w.crashes++
+	if err := w.look(w.replay.Kill(), true); err != nil {
+		return w.explain("the program is killed", err)
+	}
+	for range w.cuts(next) {
+		w.crashes++
+		if err := w.look(w.replay.PowerCut(w.random), false); err != nil {
+			return w.explain("the power fails", err)
+		}
+	}
+	return nil
+}
+
+// cuts is the number of power failures to try before the next event.
+func (w *walker) cuts(next fault.Event) int {
+	switch {
+	case w.replay.Volatile() == 0:
+		return 0
+	case next.Kind != fault.EventFlush && next.Kind != fault.EventDurable:
+		return w.random.IntN(3) / 2
+	case w.c.longest > 0:
+		return cutsAtFlushMany
+	}
+	return cutsAtFlush
+}
+
+// explain adds where it was.
+func (w *walker) explain(what string, err error) error {
+	var log strings.Builder
+	for _, e := range w.replay.Last(30) {
+		line := e.String()
+		if e.Kind == fault.EventMark {
+			line = fmt.Sprintf("mark     %T %v", e.Mark, e.Mark)
+		}
+		log.WriteString("\n  " + line)
+	}
+	return fmt.Errorf("%s after event %d of %d: %w; the last events:%s", what, w.replay.At(), w.replay.Len(), err, log.String())
+}
+
+// checker looks at the disks of a generation.
+type checker struct {
+	walker
+	engine  kcopyd.Engine
+	views   [2]*view
+	taken   bool
+	dropped bool // or about to be
 	// The chunks that have an exception, or may have.
 	touched map[cowstore.Chunk]bool
 	before  []byte // what the COW device held at first
 
-	crashes, invalid, rests int
-	next                    start // where the next generation begins
-	nextAt                  int   // the event after which it does, unless
-	nextRest                bool  // there is a rest behind the table
+	invalid, rests int
+	next           start // where the next generation begins
+	nextAt         int   // the event after which it does, unless
+	nextRest       bool  // there is a rest behind the table
 
 	origin, cow, expect, got []byte // buffers
 }
 
 func newChecker(g *generation, engine kcopyd.Engine) *checker {
-	p := g.rec.Replay()
 	k := &checker{
-		c: g.c, random: g.random, engine: engine, replay: p, touched: map[cowstore.Chunk]bool{},
-		before: g.start.cow, nextAt: g.random.IntN(p.Len()),
+		walker: walker{c: g.c, random: g.random, replay: g.rec.Replay()},
+		engine: engine, touched: map[cowstore.Chunk]bool{}, before: g.start.cow,
 	}
+	k.walker.mark, k.walker.look = k.mark, k.look
+	k.nextAt = g.random.IntN(k.replay.Len())
 	k.views[onOrigin] = newView("origin", slices.Clone(g.start.origin))
 	if g.start.snapshot != nil {
 		k.taken = true
@@ -60,33 +139,6 @@ func newChecker(g *generation, engine kcopyd.Engine) *checker {
 	return k
 }
 
-// The number of power failures that are tried before each flush, and where writes of the table have many sectors.
-const (
-	cutsAtFlush     = 4
-	cutsAtFlushMany = 24
-)
-
-// run goes through the whole log.
-func (k *checker) run() error {
-	for {
-		e, more := k.replay.Peek()
-		if more && e.Kind == fault.EventMark {
-			k.replay.Step()
-			if err := k.mark(e.Mark); err != nil {
-				return err
-			}
-			continue
-		}
-		if err := k.crash(e); err != nil {
-			return err
-		}
-		if !more {
-			return nil
-		}
-		k.replay.Step()
-	}
-}
-
 // mark takes over what the run knew at this point.
 func (k *checker) mark(mark any) error {
 	switch m := mark.(type) {
@@ -99,8 +151,6 @@ func (k *checker) mark(mark any) error {
 		}
 	case ended:
 		k.views[m.on].end(m.op)
-	case watch:
-		k.watching = true
 	case taken:
 		if !k.taken {
 			k.taken = true
@@ -117,59 +167,19 @@ func (k *checker) mark(mark any) error {
 // compareEnd compares what the devices held with what they should.
 func (k *checker) compareEnd(m over) error {
 	if at := differs(m.origin, k.views[onOrigin].newest); at >= 0 {
-		return fmt.Errorf("without a crash: byte %d of the origin is wrong", at)
+		return fmt.Errorf("byte %d of the origin is wrong", at)
 	}
 	if m.snapshot == nil || k.mayBeInvalid() {
 		return nil // the model does not know which writes have failed
 	}
 	if at := differs(m.snapshot, k.views[onSnapshot].newest); at >= 0 {
-		return fmt.Errorf("without a crash: byte %d of the snapshot is wrong", at)
+		return fmt.Errorf("byte %d of the snapshot is wrong", at)
 	}
 	return nil
-}
-
-// crash looks at the disks here, before the next event.
-func (k *checker) crash(next fault.Event) error {
-	if !k.watching || k.replay.At()%every() != 0 && k.replay.At() != k.replay.Len() {
-		return nil
-	}
-	if err := k.look(k.replay.Kill(), true); err != nil {
-		return k.explain("the program is killed", err)
-	}
-	cuts := 0
-	switch {
-	case k.replay.Volatile() == 0:
-	case next.Kind == fault.EventFlush || next.Kind == fault.EventDurable:
-		if cuts = cutsAtFlush; k.c.longest > 0 {
-			cuts = cutsAtFlushMany
-		}
-	case k.random.IntN(3) == 0:
-		cuts = 1
-	}
-	for range cuts {
-		if err := k.look(k.replay.PowerCut(k.random), false); err != nil {
-			return k.explain("the power fails", err)
-		}
-	}
-	return nil
-}
-
-// explain adds where it was.
-func (k *checker) explain(what string, err error) error {
-	var log strings.Builder
-	for _, e := range k.replay.Last(30) {
-		line := e.String()
-		if e.Kind == fault.EventMark {
-			line = fmt.Sprintf("mark     %T %v", e.Mark, e.Mark)
-		}
-		log.WriteString("\n  " + line)
-	}
-	return fmt.Errorf("%s after event %d of %d: %w; the last events:%s", what, k.replay.At(), k.replay.Len(), err, log.String())
 }
 
 // look checks everything that must hold of the images of the origin and the COW device.
 func (k *checker) look(images []*fault.Image, killed bool) error {
-	k.crashes++
 	if err := errors.Join(read(images[0], k.origin), read(images[1], k.cow)); err != nil {
 		return err
 	}
@@ -224,7 +234,7 @@ func (k *checker) lookInvalid(images []*fault.Image) error {
 	if err != nil {
 		return fmt.Errorf("open an invalid store: %w", err)
 	}
-	if s.snap.Status().Invalid == nil || read(s.devices[onSnapshot], k.got) == nil {
+	if s.snaps[onSnapshot].Status().Invalid == nil || read(s.devices[onSnapshot], k.got) == nil {
 		err = errors.New("an invalid snapshot can be read")
 	}
 	k.keep(nil, false)
@@ -238,7 +248,7 @@ func (k *checker) open(images []*fault.Image) (*stack, error) {
 		return nil, err
 	}
 	s := openStack(images[0], k.engine)
-	return s, s.take(images[1], store, k.c.onFull, func() error { return nil })
+	return s, s.take(onSnapshot, images[1], store, k.c.onFull, func() error { return nil })
 }
 
 // reopen compares the reopened snapshot with what the kernel would show, which is right, and now and then goes on with
@@ -248,7 +258,7 @@ func (k *checker) reopen(images []*fault.Image, rest bool) error {
 	if err != nil {
 		return fmt.Errorf("open the store: %w", err)
 	}
-	if invalid := s.snap.Status().Invalid; invalid != nil {
+	if invalid := s.snaps[onSnapshot].Status().Invalid; invalid != nil {
 		return fmt.Errorf("the reopened snapshot is invalid: %w", invalid)
 	}
 	if err := read(s.devices[onSnapshot], k.got); err != nil {
@@ -303,11 +313,11 @@ func differs(got, want []byte) int {
 
 // goOn writes to both devices of a reopened stack; k.origin and k.expect are what they hold. short: there is no room.
 func (k *checker) goOn(s *stack) (short bool, err error) {
-	m := maker{random: k.random, c: k.c, stamp: new(uint64)}
+	m := maker{random: k.random, c: k.c, stamp: new(uint64), devices: []int{onOrigin, onSnapshot}}
 	for range 6 {
 		for _, o := range m.step() {
 			err := k.doOne(s, o)
-			if st := s.snap.Status(); k.c.isShort() && (st.Invalid != nil || st.Overflowed) {
+			if st := s.snaps[onSnapshot].Status(); k.c.isShort() && (st.Invalid != nil || st.Overflowed) {
 				return true, nil
 			}
 			if err != nil {

@@ -104,7 +104,7 @@ func (c config) run(t *testing.T, seed uint64) error {
 			return fmt.Errorf("generation %d: the run: %w", i, err)
 		}
 		k := newChecker(g, engine)
-		if err := k.run(); err != nil {
+		if err := k.walk(); err != nil {
 			return fmt.Errorf("generation %d: %w", i, err)
 		}
 		t.Logf("generation %d: %d events, %d crashes, %d with an invalid store, %d with a rest behind the table", i,

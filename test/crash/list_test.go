@@ -8,12 +8,6 @@ import (
 	"cowherd/block"
 )
 
-// The devices that operations are on.
-const (
-	onOrigin = iota
-	onSnapshot
-)
-
 // op is an operation of a list, and what the model knows of it.
 type op struct {
 	on             int
@@ -30,8 +24,6 @@ func (o *op) String() string {
 	return fmt.Sprintf("%v on %s, %d bytes at %d, flags %#x, stamp %d", o.kind, deviceNames[o.on], o.length, o.offset,
 		o.flags, o.stamp)
 }
-
-var deviceNames = []string{"origin", "snapshot"}
 
 // fill puts in p what the operation writes: bytes that are different for each stamp and everywhere.
 func (o *op) fill(p []byte) {
@@ -55,9 +47,10 @@ func fill(p []byte, stamp uint64) {
 
 // maker makes operations.
 type maker struct {
-	random *rand.Rand
-	c      *config
-	stamp  *uint64
+	random  *rand.Rand
+	c       *config
+	stamp   *uint64
+	devices []int // that operations are on
 }
 
 // step makes operations that are done at the same time: none touches a sector that another one writes.
@@ -84,10 +77,7 @@ func disturbs(step []*op, o *op) bool {
 
 func (m *maker) op() *op {
 	*m.stamp++
-	o := &op{kind: block.OpWrite, stamp: *m.stamp}
-	if m.random.IntN(3) == 0 {
-		o.on = onSnapshot
-	}
+	o := &op{kind: block.OpWrite, stamp: *m.stamp, on: m.devices[m.random.IntN(len(m.devices))]}
 	switch n := m.random.IntN(16); {
 	case n < 2:
 		return &op{on: o.on, kind: block.OpFlush}

@@ -70,8 +70,8 @@ type (
 	refused struct{ *op } // it has failed
 	// watch: crashes are of interest from here on.
 	watch struct{}
-	// taken: the snapshot is there, and its store.
-	taken struct{}
+	// taken: a snapshot is there, and its store.
+	taken struct{ on int }
 	// dropping: the snapshot is about to be removed for good.
 	dropping struct{}
 	// over: what the devices hold at the end; snapshot is nil if it is invalid or gone.
@@ -84,73 +84,193 @@ type start struct {
 	snapshot    []byte // the snapshot's view; nil: there is none, a new store is made
 }
 
-// generation is one run.
-type generation struct {
+// runner does operations on recorded disks, and marks them.
+type runner struct {
 	c      *config
 	random *rand.Rand
-	start  start
 	rec    *fault.Recorder
-	disks  [2]*fault.Disk // of the origin, and the COW device
 	late   []*fault.Async
-	stack  *stack
 	maker  maker
+	stack  *stack
 }
 
-func newGeneration(c *config, random *rand.Rand, stamp *uint64, s start) *generation {
-	g := &generation{c: c, random: random, start: s, rec: fault.NewRecorder(), maker: maker{random, c, stamp}}
-	for i, content := range [][]byte{s.origin, s.cow} {
-		g.disks[i] = g.rec.NewDisk(fault.DiskConfig{
-			Name: []string{"origin", "cow"}[i], Content: content, Limits: c.limits(), Through: g.through,
-		})
-	}
-	return g
+func newRunner(c *config, random *rand.Rand, stamp *uint64) runner {
+	return runner{c: c, random: random, rec: fault.NewRecorder(), maker: maker{random: random, c: c, stamp: stamp}}
 }
 
-func (g *generation) through(lower block.Device) block.Device {
-	if g.c.mode != late {
+// disk makes a recorded disk.
+func (r *runner) disk(name string, content []byte) *fault.Disk {
+	return r.rec.NewDisk(fault.DiskConfig{Name: name, Content: content, Limits: r.c.limits(), Through: r.through})
+}
+
+func (r *runner) through(lower block.Device) block.Device {
+	if r.c.mode != late {
 		return lower
 	}
-	a := fault.NewAsync(lower, 3, g.random.Uint64())
-	g.late = append(g.late, a)
+	a := fault.NewAsync(lower, 3, r.random.Uint64())
+	r.late = append(r.late, a)
 	return a
 }
 
-// run does everything up to a proper end. What it leaves is in the recorder.
-func (g *generation) run() (err error) {
+// whileOpen makes a stack over a disk and runs what; then it ends everything.
+func (r *runner) whileOpen(origin block.Device, what func() error) error {
 	engine := kcopyd.NewScaled(kcopyd.Config{})
-	g.stack = openStack(g.disks[0], engine)
-	defer func() {
-		err = errors.Join(err, g.stack.close(), engine.Close())
-		for _, a := range g.late {
-			a.Close()
+	r.stack = openStack(origin, engine)
+	err := errors.Join(what(), r.stack.close(), engine.Close())
+	for _, a := range r.late {
+		a.Close()
+	}
+	return err
+}
+
+// flush flushes the origin's disk, as an operation.
+func (r *runner) flush(d block.Device) error {
+	o := &op{on: onOrigin, kind: block.OpFlush}
+	r.rec.Mark(began{o})
+	if err := block.Flush(d); err != nil {
+		return err
+	}
+	r.rec.Mark(ended{o})
+	return nil
+}
+
+// sweep writes to the front of the origin, so much at a time.
+func (r *runner) sweep(length, step int64) error {
+	for at := int64(0); at < length; at += step {
+		*r.maker.stamp++
+		o := &op{kind: block.OpWrite, offset: at, length: min(step, length-at), stamp: *r.maker.stamp}
+		if err := r.do([]*op{o}); err != nil {
+			return err
 		}
-	}()
+	}
+	return nil
+}
+
+// steps does random operations on some devices.
+func (r *runner) steps(count int, devices ...int) error {
+	r.maker.devices = devices
+	for range count {
+		if err := r.do(r.maker.step()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// call is a request of a run.
+type call struct {
+	rec  *fault.Recorder
+	o    *op
+	r    block.Request
+	err  error
+	done sync.WaitGroup
+}
+
+func (c *call) Complete(_ *block.Request, err error) {
+	if c.err = err; err == nil {
+		c.rec.Mark(ended{c.o})
+	} else {
+		c.rec.Mark(refused{c.o})
+	}
+	c.done.Done()
+}
+
+// do does the operations of a step. Those on a snapshot that is invalid or has overflowed are left out.
+func (r *runner) do(step []*op) error {
+	var calls []*call
+	for i, o := range step {
+		if r.takes(o) {
+			c := r.start(o, block.Queue(i))
+			calls = append(calls, c)
+			if r.c.mode == now {
+				c.done.Wait()
+			}
+		}
+	}
+	var errs []error
+	for _, c := range calls {
+		c.done.Wait()
+		if c.err != nil && (c.o.on == onOrigin || !r.c.isShort()) {
+			errs = append(errs, fmt.Errorf("%v: %w", c.o, c.err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// takes tells whether an operation can be done.
+func (r *runner) takes(o *op) bool {
+	if o.on == onOrigin {
+		return true
+	}
+	x := r.stack.snaps[o.on]
+	if x == nil {
+		return false
+	}
+	st := x.Status()
+	return st.Invalid == nil && !st.Overflowed
+}
+
+// start submits an operation. While a merge is there, snapshot and origin are the same, and take turns.
+func (r *runner) start(o *op, queue block.Queue) *call {
+	c := &call{rec: r.rec, o: o}
+	c.r = block.Request{Op: o.kind, Flags: o.flags, Queue: queue, Offset: o.offset, Length: o.length}
+	if o.kind == block.OpWrite {
+		c.r.Data = make([]byte, o.length)
+		o.fill(c.r.Data)
+	}
+	c.r.Push(c)
+	c.done.Add(1)
+	r.rec.Mark(began{o})
+	device := r.stack.devices[o.on]
+	if o.on == onOrigin && r.stack.merge != nil && o.stamp%2 == 1 {
+		device = r.stack.devices[onSnapshot]
+	}
+	if r.c.mode == parallel {
+		go device.Submit(&c.r)
+	} else {
+		device.Submit(&c.r)
+	}
+	return c
+}
+
+// generation is one run of an origin and a snapshot.
+type generation struct {
+	runner
+	start       start
+	origin, cow *fault.Disk
+}
+
+func newGeneration(c *config, random *rand.Rand, stamp *uint64, s start) *generation {
+	g := &generation{runner: newRunner(c, random, stamp), start: s}
+	g.origin, g.cow = g.disk("origin", s.origin), g.disk("cow", s.cow)
+	return g
+}
+
+// run does everything up to a proper end. What it leaves is in the recorder.
+func (g *generation) run() error { return g.whileOpen(g.origin, g.work) }
+
+func (g *generation) work() error {
 	if g.c.prefill == 0 {
 		g.rec.Mark(watch{})
 	}
-	if err := g.take(); err != nil {
-		return err
-	}
-	if g.c.prefill > 0 {
-		if err := g.sweep(g.c.prefill, 1<<20); err != nil {
-			return err
-		}
+	err := g.take()
+	if err == nil && g.c.prefill > 0 {
+		err = g.sweep(g.c.prefill, 1<<20)
 		g.rec.Mark(watch{})
 	}
-	if g.c.longest > 0 {
-		if err := g.sweep(g.c.origin/2, g.c.longest*int64(g.c.chunk)); err != nil {
-			return err
-		}
+	if err == nil && g.c.longest > 0 {
+		err = g.sweep(g.c.origin/2, g.c.longest*int64(g.c.chunk))
 	}
-	for range g.c.steps {
-		if err := g.do(g.maker.step()); err != nil {
-			return err
-		}
+	if err == nil {
+		err = g.steps(g.c.steps, onOrigin, onOrigin, onSnapshot)
 	}
-	if err := g.end(); err != nil || !g.c.drop {
-		return err
+	if err == nil {
+		err = g.end()
 	}
-	return g.drop()
+	if err == nil && g.c.drop {
+		err = g.drop()
+	}
+	return err
 }
 
 // take makes or opens the store, and adds the snapshot.
@@ -160,122 +280,30 @@ func (g *generation) take() error {
 		return err
 	}
 	if g.start.snapshot == nil { // the origin may hold what was not flushed
-		if err := g.do(originOnly(g.maker.step())); err != nil {
+		if err := g.steps(1, onOrigin); err != nil {
 			return err
 		}
 	}
-	flush := func() error { return g.flush(g.disks[0]) }
-	if err := g.stack.take(g.disks[1], store, g.c.onFull, flush); err != nil {
+	flush := func() error { return g.flush(g.origin) }
+	if err := g.stack.take(onSnapshot, g.cow, store, g.c.onFull, flush); err != nil {
 		return err
 	}
-	g.rec.Mark(taken{})
+	g.rec.Mark(taken{onSnapshot})
 	return nil
 }
 
 func (g *generation) store() (*cowstore.Persistent, error) {
 	if g.start.snapshot == nil {
-		return cowstore.CreatePersistent(g.disks[1], g.c.chunk, cowstore.PersistentConfig{})
+		return cowstore.CreatePersistent(g.cow, g.c.chunk, cowstore.PersistentConfig{})
 	}
-	return cowstore.OpenPersistent(g.disks[1], cowstore.PersistentConfig{})
-}
-
-// originOnly are the operations on the origin.
-func originOnly(step []*op) []*op {
-	return slices.DeleteFunc(step, func(o *op) bool { return o.on != onOrigin })
-}
-
-// flush flushes the origin's disk, as an operation.
-func (g *generation) flush(d block.Device) error {
-	o := &op{on: onOrigin, kind: block.OpFlush}
-	g.rec.Mark(began{o})
-	if err := block.Flush(d); err != nil {
-		return err
-	}
-	g.rec.Mark(ended{o})
-	return nil
-}
-
-// sweep writes to the front of the origin, so much at a time.
-func (g *generation) sweep(length, step int64) error {
-	for at := int64(0); at < length; at += step {
-		*g.maker.stamp++
-		o := &op{kind: block.OpWrite, offset: at, length: min(step, length-at), stamp: *g.maker.stamp}
-		if err := g.do([]*op{o}); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// call is a request of a run.
-type call struct {
-	g    *generation
-	o    *op
-	r    block.Request
-	err  error
-	done sync.WaitGroup
-}
-
-func (c *call) Complete(_ *block.Request, err error) {
-	if c.err = err; err == nil {
-		c.g.rec.Mark(ended{c.o})
-	} else {
-		c.g.rec.Mark(refused{c.o})
-	}
-	c.done.Done()
-}
-
-// do does the operations of a step. Those on a snapshot that is invalid or has overflowed are left out.
-func (g *generation) do(step []*op) error {
-	var calls []*call
-	for i, o := range step {
-		if o.on == onSnapshot && !g.takesWrites() {
-			continue
-		}
-		c := &call{g: g, o: o}
-		c.r = block.Request{Op: o.kind, Flags: o.flags, Queue: block.Queue(i), Offset: o.offset, Length: o.length}
-		if o.kind == block.OpWrite {
-			c.r.Data = make([]byte, o.length)
-			o.fill(c.r.Data)
-		}
-		c.r.Push(c)
-		c.done.Add(1)
-		calls = append(calls, c)
-		g.rec.Mark(began{o})
-		switch device := g.stack.devices[o.on]; g.c.mode {
-		case parallel:
-			go device.Submit(&c.r)
-		default:
-			device.Submit(&c.r)
-		}
-		if g.c.mode == now {
-			c.done.Wait()
-		}
-	}
-	var errs []error
-	for _, c := range calls {
-		c.done.Wait()
-		if c.err != nil && (c.o.on == onOrigin || !g.c.isShort()) {
-			errs = append(errs, fmt.Errorf("%v: %w", c.o, c.err))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// takesWrites tells whether the snapshot can still be written.
-func (g *generation) takesWrites() bool {
-	if g.stack.snap == nil {
-		return false
-	}
-	st := g.stack.snap.Status()
-	return st.Invalid == nil && !st.Overflowed
+	return cowstore.OpenPersistent(g.cow, cowstore.PersistentConfig{})
 }
 
 // end reads both devices.
 func (g *generation) end() error {
 	o := over{origin: make([]byte, g.c.origin)}
 	err := read(g.stack.devices[onOrigin], o.origin)
-	switch invalid := g.stack.snap.Status().Invalid; {
+	switch invalid := g.stack.snaps[onSnapshot].Status().Invalid; {
 	case invalid == nil:
 		o.snapshot = make([]byte, g.c.origin)
 		err = errors.Join(err, read(g.stack.devices[onSnapshot], o.snapshot))
@@ -289,15 +317,10 @@ func (g *generation) end() error {
 // drop removes the snapshot, and goes on with the origin.
 func (g *generation) drop() error {
 	g.rec.Mark(dropping{})
-	if err := g.stack.drop(); err != nil {
+	if err := g.stack.drop(onSnapshot); err != nil {
 		return err
 	}
-	for range g.c.steps {
-		if err := g.do(originOnly(g.maker.step())); err != nil {
-			return err
-		}
-	}
-	return nil
+	return g.steps(g.c.steps, onOrigin)
 }
 
 // firstStart is the start of the first generation: an origin with a content, and a COW device full of what an earlier

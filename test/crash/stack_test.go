@@ -3,6 +3,7 @@ package crash
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"cowherd/block"
@@ -15,19 +16,29 @@ import (
 // patience bounds what must not take long.
 const patience = 60 * time.Second
 
-// stack is an origin and, from take on, its snapshot, as the daemon puts them together.
+// The devices of a stack.
+const (
+	onOrigin   = iota
+	onSnapshot // it may be merged
+	onOther    // another snapshot, which is there while the first one is merged
+	deviceCount
+)
+
+var deviceNames = [deviceCount]string{"origin", "snapshot", "other"}
+
+// stack is an origin and its snapshots, as the daemon puts them together.
 type stack struct {
 	engine  kcopyd.Engine
-	below   block.Device // the origin's
 	target  *snapshot.Origin
-	snap    *snapshot.Snapshot
-	devices [2]*dm.Device
+	snaps   [deviceCount]*snapshot.Snapshot
+	devices [deviceCount]*dm.Device
+	merge   *snapshot.Merge // nil: nothing is merged
 }
 
-// openStack makes a stack over a device, without a snapshot.
+// openStack makes a stack over a device, without snapshots.
 func openStack(origin block.Device, engine kcopyd.Engine) *stack {
-	s := &stack{engine: engine, below: origin, target: snapshot.NewOrigin(origin)}
-	s.devices[onOrigin] = dm.NewDevice("origin", s.target, false)
+	s := &stack{engine: engine, target: snapshot.NewOrigin(origin)}
+	s.devices[onOrigin] = dm.NewDevice(deviceNames[onOrigin], s.target, false)
 	return s
 }
 
@@ -36,57 +47,90 @@ const pendingMax = 64
 
 // take adds a snapshot with the given store. flush flushes the origin's device while the origin is suspended: what the
 // snapshot shows is not to be lost when the origin loses what was never flushed.
-func (s *stack) take(cow block.Device, store *cowstore.Persistent, onFull snapshot.OnFull, flush func() error) error {
-	var err error
-	s.snap, err = snapshot.New(snapshot.Config{
-		Name: "snapshot", Origin: s.target, COW: cow, Store: store, Engine: s.engine, OnFull: onFull, PendingMax: pendingMax,
+func (s *stack) take(on int, cow block.Device, store *cowstore.Persistent, onFull snapshot.OnFull, flush func() error) error {
+	x, err := snapshot.New(snapshot.Config{
+		Name: deviceNames[on], Origin: s.target, COW: cow, Store: store, Engine: s.engine, OnFull: onFull,
+		PendingMax: pendingMax,
 	})
 	if err != nil {
 		return err
 	}
-	s.devices[onSnapshot] = dm.NewDevice("snapshot", s.snap, false)
-	return s.whileSuspended(func() error { return errors.Join(flush(), s.target.Add(s.snap)) }, s.devices[onOrigin])
+	s.snaps[on], s.devices[on] = x, dm.NewDevice(deviceNames[on], x, false)
+	return s.whileSuspended(func() error { return errors.Join(flush(), s.target.Add(x)) }, onOrigin)
 }
 
 // whileSuspended runs what while devices are suspended.
-func (s *stack) whileSuspended(what func() error, devices ...*dm.Device) error {
+func (s *stack) whileSuspended(what func() error, on ...int) error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	for _, d := range devices {
-		if err := d.Suspend(ctx); err != nil {
+	for _, i := range on {
+		if err := s.devices[i].Suspend(ctx); err != nil {
 			return err
 		}
-		defer d.Resume()
+		defer s.devices[i].Resume()
 	}
 	return what()
 }
 
-// drop removes the snapshot for good.
-func (s *stack) drop() error {
+// drop removes a snapshot for good.
+func (s *stack) drop(on int) error {
 	what := func() error {
-		s.target.Remove(s.snap)
-		return s.snap.Drop()
+		s.target.Remove(s.snaps[on])
+		return s.snaps[on].Drop()
 	}
-	err := s.whileSuspended(what, s.devices[onOrigin], s.devices[onSnapshot])
-	return errors.Join(err, s.closeSnapshot())
+	return errors.Join(s.whileSuspended(what, onOrigin, on), s.closeSnapshot(on))
 }
 
-// closeSnapshot ends the snapshot; its store stays as it is.
-func (s *stack) closeSnapshot() error {
+// closeSnapshot ends a snapshot that is out of its origin; its store stays as it is.
+func (s *stack) closeSnapshot(on int) error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	err := s.devices[onSnapshot].Close(ctx)
-	err = errors.Join(err, s.snap.Close())
-	s.snap, s.devices[onSnapshot] = nil, nil
+	err := s.devices[on].Close(ctx)
+	err = errors.Join(err, s.snaps[on].Close())
+	s.snaps[on], s.devices[on] = nil, nil
 	return err
+}
+
+// beginMerge puts a merge of the snapshot in the place of origin and snapshot. finished gets an error if it fails.
+func (s *stack) beginMerge(finished chan<- error) error {
+	return s.whileSuspended(func() error {
+		s.target.Remove(s.snaps[onSnapshot])
+		m, err := snapshot.NewMerge(s.snaps[onSnapshot], snapshot.MergeConfig{
+			Failed:   func(err error) { finished <- err },
+			Finished: func() { finished <- nil },
+		})
+		if err != nil {
+			return err
+		}
+		s.merge = m
+		return errors.Join(s.devices[onOrigin].SetTarget(m), s.devices[onSnapshot].SetTarget(m))
+	}, onOrigin, onSnapshot)
+}
+
+// endMerge puts the origin back in place, and drops the snapshot, which has been merged.
+func (s *stack) endMerge() error {
+	err := s.whileSuspended(func() error {
+		s.merge.Stop()
+		if !s.merge.Finished() {
+			return fmt.Errorf("the merge has not finished: %s", s.merge.Status())
+		}
+		s.merge = nil
+		return errors.Join(s.devices[onOrigin].SetTarget(s.target), s.snaps[onSnapshot].Drop())
+	}, onOrigin, onSnapshot)
+	return errors.Join(err, s.closeSnapshot(onSnapshot))
 }
 
 // close ends everything; the engine stays.
 func (s *stack) close() error {
+	if s.merge != nil {
+		s.merge.Stop()
+	}
 	var err error
-	if s.snap != nil {
-		err = s.whileSuspended(func() error { s.target.Remove(s.snap); return nil }, s.devices[onOrigin], s.devices[onSnapshot])
-		err = errors.Join(err, s.closeSnapshot())
+	for on, x := range s.snaps {
+		if x != nil {
+			what := func() error { s.target.Remove(x); return nil }
+			err = errors.Join(err, s.whileSuspended(what, onOrigin, on), s.closeSnapshot(on))
+		}
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
