@@ -28,8 +28,8 @@ type walker struct {
 
 // The number of power failures that are tried before each flush, and where writes of the table have many sectors.
 const (
-	cutsAtFlush     = 4
-	cutsAtFlushMany = 24
+	cutsAtFlush     = 3
+	cutsAtFlushMany = 16
 )
 
 // walk goes through the whole log.
@@ -54,7 +54,7 @@ func (w *walker) walk() error {
 
 // crash looks at the disks here, before the next event.
 func (w *walker) crash(next fault.Event) error {
-	if !w.watching || w.replay.At()%every() != 0 && w.replay.At() != w.replay.Len() {
+	if !w.watching || w.replay.At()%w.c.every() != 0 && w.replay.At() != w.replay.Len() {
 		return nil
 	}
 	w.crashes++

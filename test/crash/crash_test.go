@@ -22,9 +22,9 @@ var cases = []struct {
 	{"areas,late", config{mode: late, chunk: 2 << 10, origin: 400 << 10, room: 215, logical: 512, width: 10, steps: 50}},
 	// Writes over many chunks, whose records fill an area at once, and of which a power failure takes some.
 	{"runs", config{mode: now, chunk: 1 << 10, origin: 300 << 10, room: 320, logical: 512, width: 6, steps: 20, longest: 90}},
-	{"runs,late", config{mode: late, chunk: 2 << 10, origin: 600 << 10, room: 320, logical: 512, width: 10, steps: 15, longest: 140}},
+	{"runs,late", config{mode: late, chunk: 2 << 10, origin: 600 << 10, room: 320, logical: 512, width: 10, steps: 10, longest: 140}},
 	// Areas of one sector, some of which are filled with one write.
-	{"sector", config{mode: now, chunk: 512, origin: 200 << 10, room: 450, logical: 512, width: 6, steps: 30, longest: 80}},
+	{"sector", config{mode: now, chunk: 512, origin: 120 << 10, room: 260, logical: 512, width: 6, steps: 20, longest: 80}},
 	// Stores that are made, where another one was. The first area is all but full when crashes begin.
 	{"4k", config{mode: now, chunk: 4 << 10, origin: 290 << 12, room: 300, logical: 512, width: 6, steps: 25,
 		prefill: 235 << 12}},
@@ -37,7 +37,7 @@ var cases = []struct {
 	{"bytes", config{mode: now, chunk: 4 << 10, origin: 50<<12 + 777, room: 60, logical: 1, width: 6, steps: 60}},
 	{"bytes,late", config{mode: late, chunk: 1 << 10, origin: 150<<10 + 77, room: 180, logical: 1, width: 10, steps: 60}},
 	// Disks with blocks of 4 KiB; no less of an area is written.
-	{"blocks", config{mode: late, chunk: 8 << 10, origin: 90 << 13, room: 100, logical: 4096, width: 10, steps: 60}},
+	{"blocks", config{mode: late, chunk: 8 << 10, origin: 60 << 13, room: 70, logical: 4096, width: 10, steps: 30}},
 	// Too little room, by the rules P and PO.
 	{"full", config{mode: now, chunk: 1 << 10, origin: 200 << 10, room: 100, logical: 512, width: 6, steps: 40}},
 	{"full,late", config{mode: late, chunk: 1 << 10, origin: 200 << 10, room: 100, logical: 512, width: 10, steps: 40}},
@@ -80,9 +80,6 @@ func repeatable(t *testing.T, seed uint64, err error) {
 	}
 }
 
-// generationsDefault is the number of generations of a run.
-const generationsDefault = 3
-
 // run does all generations of a seed.
 func (c config) run(t *testing.T, seed uint64) error {
 	random := rand.New(rand.NewPCG(seed, 0))
@@ -92,12 +89,9 @@ func (c config) run(t *testing.T, seed uint64) error {
 			t.Error(err)
 		}
 	}()
-	if c.generations == 0 {
-		c.generations = generationsDefault
-	}
 	stamp := uint64(0)
 	s := firstStart(&c, random)
-	for i := range c.generations {
+	for i := range c.generationCount() {
 		s.prepare(&c)
 		g := newGeneration(&c, random, &stamp, s)
 		if err := g.run(); err != nil {

@@ -24,8 +24,6 @@ import (
 	"testing"
 
 	"go.uber.org/goleak"
-
-	"cowherd/internal/invariant"
 )
 
 var (
@@ -33,14 +31,5 @@ var (
 	seedCount = flag.Uint64("seeds", 1, "try the seeds from 1 to this")
 	crashTime = flag.Duration("for", 0, "go on with further seeds for so long")
 )
-
-// every is how many events of a log are passed over for each that is looked at: none, but under the race detector, which
-// takes ten times as long.
-func every() int {
-	if invariant.Enabled {
-		return 7
-	}
-	return 1
-}
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }

@@ -16,8 +16,7 @@ import (
 	"cowherd/target/snapshot"
 )
 
-// mergeCases are the runs of TestMerge. A batch of a merge is never more than an area, so that small chunks make a merge
-// of many batches. The other snapshot has chunks of 4 KiB.
+// mergeCases are the runs of TestMerge. The other snapshot has chunks of 4 KiB.
 var mergeCases = []struct {
 	name string
 	config
@@ -27,6 +26,9 @@ var mergeCases = []struct {
 	{"areas,late", config{mode: late, chunk: 1 << 10, origin: 200 << 10, room: 215, logical: 512, width: 10, steps: 12}},
 	{"sector,late", config{mode: late, chunk: 512, origin: 100 << 10, room: 215, logical: 512, width: 10, steps: 12}},
 	{"4k", config{mode: now, chunk: 4 << 10, origin: 60 << 12, room: 70, logical: 512, width: 6, steps: 12, plain: true}},
+	// More than is merged in one batch.
+	{"batches", config{mode: now, chunk: 4 << 10, origin: 1110 << 12, room: 1130, logical: 512, width: 6, steps: 4,
+		prefill: 1100 << 12, sparse: 12, generations: 2}},
 	{"16k,late", config{mode: late, chunk: 16 << 10, origin: 30 << 14, room: 40, logical: 512, width: 10, steps: 10}},
 	{"bytes,late", config{mode: late, chunk: 2 << 10, origin: 100<<11 + 777, room: 110, logical: 1, width: 10, steps: 12}},
 }
@@ -140,6 +142,9 @@ func (g *mergeRun) prepare() error {
 	if err := g.open(onSnapshot, g.cow); err != nil {
 		return err
 	}
+	if err := g.sweep(g.c.prefill, 64<<10); err != nil {
+		return err
+	}
 	if err := g.steps(2*g.c.steps, onOrigin, onSnapshot); err != nil {
 		return err
 	}
@@ -201,9 +206,10 @@ func newMergeChecker(g *mergeRun, engine kcopyd.Engine) *mergeChecker {
 		k.views[onOrigin] = newView("merged", slices.Clone(g.start.merged))
 		k.views[onOther] = newView("other", slices.Clone(g.start.frozen))
 	}
-	for _, p := range []*[]byte{&k.view, &k.frozen, &k.got} {
+	for _, p := range []*[]byte{&k.origin, &k.view, &k.frozen, &k.got} {
 		*p = make([]byte, g.c.origin)
 	}
+	k.cow, k.other = make([]byte, len(g.start.cow)), make([]byte, len(g.start.other))
 	return k
 }
 
@@ -229,7 +235,9 @@ func (k *mergeChecker) mark(mark any) error {
 
 // look checks both views as the kernel would find them, and lets the merge go on.
 func (k *mergeChecker) look(images []*fault.Image, killed bool) error {
-	k.origin, k.cow, k.other = images[0].Content(), images[1].Content(), images[2].Content()
+	if err := errors.Join(read(images[0], k.origin), read(images[1], k.cow), read(images[2], k.other)); err != nil {
+		return err
+	}
 	table, err := parseTable(k.cow)
 	if err != nil {
 		return fmt.Errorf("the kernel would not like the store: %w", err)
@@ -261,7 +269,10 @@ func (k *mergeChecker) look(images []*fault.Image, killed bool) error {
 		return nil
 	}
 	if k.next.merged == nil && k.replay.At() >= k.nextAt {
-		k.next = mergeStart{origin: k.origin, cow: k.cow, other: k.other, merged: slices.Clone(k.view), frozen: slices.Clone(k.frozen)}
+		k.next = mergeStart{
+			origin: slices.Clone(k.origin), cow: slices.Clone(k.cow), other: slices.Clone(k.other),
+			merged: slices.Clone(k.view), frozen: slices.Clone(k.frozen),
+		}
 	}
 	if err := k.goOn(images); err != nil {
 		return fmt.Errorf("the merge goes on: %w", err)
@@ -298,7 +309,10 @@ func (k *mergeChecker) goOn(images []*fault.Image) error {
 	if err := errors.Join(s.endMerge(), k.compare(s), s.close()); err != nil {
 		return err
 	}
-	if at := differs(images[0].Content(), k.view); at >= 0 {
+	if err := read(images[0], k.got); err != nil {
+		return err
+	}
+	if at := differs(k.got, k.view); at >= 0 {
 		return fmt.Errorf("byte %d of the origin is not the merged view's", at)
 	}
 	return nil
@@ -330,7 +344,7 @@ func (c config) runMerges(t *testing.T, seed uint64) error {
 		}
 	}()
 	stamp := uint64(0)
-	for i, s := 0, firstMergeStart(&c, random); i < generationsDefault && s.origin != nil; i++ {
+	for i, s := 0, firstMergeStart(&c, random); i < c.generationCount() && s.origin != nil; i++ {
 		g := newMergeRun(&c, random, &stamp, s)
 		if err := g.run(); err != nil {
 			return fmt.Errorf("generation %d: the run: %w", i, err)

@@ -11,6 +11,7 @@ import (
 	"cowherd/block"
 	"cowherd/cowstore"
 	"cowherd/internal/fault"
+	"cowherd/internal/invariant"
 	"cowherd/kcopyd"
 	"cowherd/target/snapshot"
 )
@@ -37,7 +38,24 @@ type config struct {
 	onFull  snapshot.OnFull
 	drop    bool // the snapshot is removed at the end
 
-	generations int
+	generations int // 0: 3
+	sparse      int // a crash at each so many events; 0: at each
+}
+
+func (c *config) generationCount() int {
+	if c.generations == 0 {
+		return 3
+	}
+	return c.generations
+}
+
+// every is the number of events from one that is looked at to the next. The race detector takes ten times as long.
+func (c *config) every() int {
+	n := max(1, c.sparse)
+	if invariant.Enabled {
+		n *= 7
+	}
+	return n
 }
 
 func (c *config) limits() block.Limits {
