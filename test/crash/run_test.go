@@ -18,7 +18,7 @@ import (
 
 // How requests reach the disks.
 const (
-	now      = "now"      // one after the other; they take effect in Submit: a seed gives the same log each time
+	now      = "now"      // one after the other; they take effect in Submit
 	parallel = "parallel" // several at the same time, which take effect in Submit
 	late     = "late"     // several at the same time, which take effect later, in random order, on other goroutines
 )
@@ -42,18 +42,22 @@ type config struct {
 	sparse      int // a crash at each so many events; 0: at each
 }
 
+// generationCount is less under the race detector, which takes ten times as long and looks for other things.
 func (c *config) generationCount() int {
-	if c.generations == 0 {
+	switch {
+	case invariant.Enabled:
+		return 1
+	case c.generations == 0:
 		return 3
 	}
 	return c.generations
 }
 
-// every is the number of events from one that is looked at to the next. The race detector takes ten times as long.
+// every is the number of events from one that is looked at to the next.
 func (c *config) every() int {
 	n := max(1, c.sparse)
 	if invariant.Enabled {
-		n *= 7
+		n *= 10
 	}
 	return n
 }
