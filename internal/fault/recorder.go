@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"cowherd/block"
 )
@@ -26,6 +27,8 @@ import (
 //     flight meanwhile are not covered, even if they take effect before the flush does.
 //  3. A write with FUA is durable when it completes, not when it takes effect.
 //  4. Writes are whole sectors, as disks have them: of a sector that is written in part all is recorded, as it is then.
+//  5. A disk that has grown is as small as before after a power failure, unless a flush, or a write with FUA, that came
+//     later is durable.
 //
 // A disk never fails and never loses what it has acknowledged; faults are put above it. Safe for concurrent use.
 type Recorder struct {
@@ -46,6 +49,7 @@ const (
 	EventWrite   Kind = iota // a write, a write of zeroes or a discard has taken effect
 	EventFlush               // a flush has taken effect
 	EventDurable             // a write with FUA is about to complete
+	EventGrow                // the disk has become larger
 	EventMark                // Recorder.Mark was called
 )
 
@@ -55,7 +59,7 @@ type Event struct {
 	Disk           *Disk       // nil for a mark
 	Op             block.Op    // EventWrite, EventDurable: what was asked
 	Flags          block.Flags // of the request
-	Offset, Length int64       // EventWrite, EventDurable: the sectors, in bytes
+	Offset, Length int64       // EventWrite, EventDurable: the sectors, in bytes. EventGrow: Length is the new size
 	Mark           any         // EventMark
 }
 
@@ -66,6 +70,8 @@ func (e Event) String() string {
 		return fmt.Sprintf("mark     %v", e.Mark)
 	case EventFlush:
 		return "flush    " + e.Disk.name
+	case EventGrow:
+		return fmt.Sprintf("grow     %s: to %d bytes", e.Disk.name, e.Length)
 	}
 	kind, fua := "write   ", ""
 	if e.Kind == EventDurable {
@@ -81,7 +87,7 @@ func (e Event) String() string {
 type event struct {
 	Event
 	data      []byte // EventWrite: what the sectors hold afterwards
-	completed uint64 // EventWrite: the clock when it completed; 0: it has not
+	completed uint64 // EventWrite, EventGrow: the clock when it completed; 0: it has not
 	submitted uint64 // EventFlush: the clock when it was submitted
 	write     int    // EventDurable: the index of the write in the log
 }
@@ -123,7 +129,7 @@ type Disk struct {
 	name     string
 	index    int
 	limits   block.Limits
-	size     int64
+	size     atomic.Int64
 	first    []byte // what it held at first
 	content  []byte // +checklocksignore: guarded by the recorder's lock
 	path     block.Device
@@ -131,8 +137,8 @@ type Disk struct {
 
 // NewDisk adds a disk to the recorder.
 func (r *Recorder) NewDisk(c DiskConfig) *Disk {
-	d := &Disk{recorder: r, name: c.Name, limits: c.Limits, size: int64(len(c.Content)), first: c.Content,
-		content: slices.Clone(c.Content)}
+	d := &Disk{recorder: r, name: c.Name, limits: c.Limits, first: c.Content, content: slices.Clone(c.Content)}
+	d.size.Store(int64(len(c.Content)))
 	d.path = (*platter)(d)
 	if c.Through != nil {
 		d.path = c.Through(d.path)
@@ -147,15 +153,29 @@ func (r *Recorder) NewDisk(c DiskConfig) *Disk {
 // Name is what the disk is called in a log.
 func (d *Disk) Name() string { return d.name }
 
-// Size is the length of the disk's first content.
-func (d *Disk) Size() int64 { return d.size }
+// Size is the length of the disk's content.
+func (d *Disk) Size() int64 { return d.size.Load() }
 
 // Limits are those that the disk was made with.
 func (d *Disk) Limits() block.Limits { return d.limits }
 
+// Grow makes the disk at least size bytes long; what is new is zero.
+func (d *Disk) Grow(size int64) error {
+	r := d.recorder
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if more := size - d.size.Load(); more > 0 {
+		d.content = append(d.content, make([]byte, more)...)
+		grown := Event{Kind: EventGrow, Disk: d, Length: size}
+		r.log = append(r.log, event{Event: grown, completed: r.tickLocked()})
+		d.size.Store(size)
+	}
+	return nil
+}
+
 // Submit passes r on to the disk.
 func (d *Disk) Submit(r *block.Request) {
-	if err := block.CheckRange(r, d.size, d.limits); err != nil {
+	if err := block.CheckRange(r, d.Size(), d.limits); err != nil {
 		r.Complete(err)
 		return
 	}
@@ -170,7 +190,7 @@ func (d *Disk) Submit(r *block.Request) {
 // platter is a Disk behind all that lies in front of it.
 type platter Disk
 
-func (p *platter) Size() int64          { return p.size }
+func (p *platter) Size() int64          { return p.size.Load() }
 func (p *platter) Limits() block.Limits { return p.limits }
 
 // Submit does r, and records it.
@@ -215,7 +235,7 @@ func (p *platter) change(r *block.Request) {
 // +checklocks:r.mu
 func (r *Recorder) writtenLocked(d *Disk, req *block.Request) int {
 	start := block.SectorFloor(req.Offset).Bytes()
-	end := min(block.SectorCeil(req.End()).Bytes(), d.size)
+	end := min(block.SectorCeil(req.End()).Bytes(), d.size.Load())
 	r.log = append(r.log, event{
 		Event: Event{Kind: EventWrite, Disk: d, Op: req.Op, Flags: req.Flags, Offset: start, Length: end - start},
 		data:  slices.Clone(d.content[start:end]),

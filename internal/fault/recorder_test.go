@@ -275,6 +275,47 @@ func TestDurableOverVolatile(t *testing.T) {
 	}
 }
 
+// TestGrow: a disk that has grown may be as it was after a power failure, with what was written behind its old end, until
+// a flush.
+func TestGrow(t *testing.T) {
+	rec := fault.NewRecorder()
+	d := rec.NewDisk(fault.DiskConfig{Name: "disk", Content: make([]byte, 1024), Limits: limits()})
+	one := bytes.Repeat([]byte{1}, 512)
+	err := errors.Join(d.Grow(1000), d.Grow(4096), block.Write(d, one, 2048), block.Write(d, one, 512))
+	rec.Mark("grown")
+	if err = errors.Join(err, block.Flush(d), d.Grow(8192), block.Do(d, block.OpWrite, block.FUA, 7680, 512, one)); err != nil {
+		t.Fatal(err)
+	}
+	r := rand.New(rand.NewPCG(1, 0))
+	p := rec.Replay()
+	for e, ok := p.Peek(); ok && e.Kind != fault.EventMark; e, ok = p.Peek() {
+		p.Step()
+	}
+	if size := p.Kill()[0].Size(); size != 4096 {
+		t.Errorf("killed: it has %d bytes", size)
+	}
+	sizes := map[int64]bool{}
+	for range 50 {
+		x := p.PowerCut(r)[0]
+		sizes[x.Size()] = true
+		if err := errors.Join(x.Grow(5000), block.Write(x, one, 4400)); err != nil || x.Size() != 5000 || x.Content()[4900] != 1 {
+			t.Fatalf("an image grows to %d bytes: %v", x.Size(), err)
+		}
+	}
+	if len(sizes) != 2 || !sizes[1024] || !sizes[4096] {
+		t.Errorf("after power failures it has %v bytes", sizes)
+	}
+	for range p.Len() - p.At() {
+		p.Step()
+	}
+	for range 20 {
+		content := p.PowerCut(r)[0].Content()
+		if len(content) != 8192 || content[512] != 1 || content[2048] != 1 || content[7680] != 1 {
+			t.Fatalf("%d bytes are left, or something is lost", len(content))
+		}
+	}
+}
+
 // TestImage: an image can be written, alone, and is void when the replay goes on.
 func TestImage(t *testing.T) {
 	rec := fault.NewRecorder()

@@ -7,7 +7,6 @@ import (
 	"sync"
 
 	"cowherd/block"
-	"cowherd/internal/invariant"
 )
 
 // Replay goes once more through what a Recorder has recorded, event by event, and gives at each step what the disks
@@ -19,7 +18,7 @@ import (
 //	tail      the others, in order: those that may be lost, and durable ones behind them
 //
 // A durable write stays in the tail while an older one is there that may be lost, so that the older one can never be
-// laid over it.
+// laid over it. That the disk has grown is in the tail like a write.
 type Replay struct {
 	log   []event
 	at    int // the number of events that have happened
@@ -86,6 +85,9 @@ func (p *Replay) Step() {
 	case EventWrite:
 		copy(d.now[e.Offset:], e.data)
 		d.tail = append(d.tail, unsettled{index: p.at - 1})
+	case EventGrow:
+		d.now = append(d.now, make([]byte, e.Length-int64(len(d.now)))...)
+		d.tail = append(d.tail, unsettled{index: p.at - 1})
 	case EventFlush:
 		for i := range d.tail {
 			if done := p.log[d.tail[i].index].completed; done != 0 && done < e.submitted {
@@ -94,7 +96,7 @@ func (p *Replay) Step() {
 		}
 	case EventDurable:
 		for i := range d.tail {
-			if d.tail[i].index == e.write {
+			if at := d.tail[i].index; at == e.write || at < e.write && p.log[at].Kind == EventGrow {
 				d.tail[i].durable = true
 			}
 		}
@@ -106,8 +108,12 @@ func (p *Replay) Step() {
 func (d *replayed) settle(log []event) {
 	n := 0
 	for n < len(d.tail) && d.tail[n].durable {
-		e := &log[d.tail[n].index]
-		copy(d.durable[e.Offset:], e.data)
+		switch e := &log[d.tail[n].index]; e.Kind {
+		case EventGrow:
+			d.durable = append(d.durable, make([]byte, e.Length-int64(len(d.durable)))...)
+		default:
+			copy(d.durable[e.Offset:], e.data)
+		}
 		n++
 	}
 	d.tail = slices.Delete(d.tail, 0, n)
@@ -164,9 +170,19 @@ func newLuck(random *rand.Rand) luck {
 	return luck{random: random, keep: shares[random.IntN(5)], tear: shares[random.IntN(5)]}
 }
 
-// lay puts on x what survives of a write.
+// lay puts on x what survives of a write, or of a growth. What was written behind the end is lost with the growth.
 func (l luck) lay(x *Image, e *event, durable bool) {
-	if durable || l.random.Float64() < l.keep {
+	keep := durable || l.random.Float64() < l.keep
+	if e.Kind == EventGrow {
+		if keep {
+			x.grow(e.Length)
+		}
+		return
+	}
+	if e.Offset+e.Length > x.Size() {
+		return
+	}
+	if keep {
 		x.write(e.data, e.Offset)
 		return
 	}
@@ -193,20 +209,42 @@ type Image struct {
 	under  []byte
 
 	mu sync.Mutex
+	// As large as the disk, which may have grown since under was.
+	size int64 // +checklocks:mu
 	// What was written, by page; nil: the page is as it is below.
 	pages []*[imagePage]byte // +checklocks:mu
 }
 
 func newImage(p *Replay, d *Disk, under []byte) *Image {
-	pages := make([]*[imagePage]byte, (len(under)+imagePage-1)/imagePage)
-	return &Image{replay: p, at: p.at, limits: d.limits, under: under, pages: pages}
+	x := &Image{replay: p, at: p.at, limits: d.limits, under: under}
+	x.grow(int64(len(under)))
+	return x
 }
 
 // Size is the disk's.
-func (x *Image) Size() int64 { return int64(len(x.under)) }
+func (x *Image) Size() int64 {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.size
+}
 
 // Limits are the disk's.
 func (x *Image) Limits() block.Limits { return x.limits }
+
+// Grow makes the image at least size bytes long.
+func (x *Image) Grow(size int64) error {
+	x.grow(size)
+	return nil
+}
+
+func (x *Image) grow(size int64) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.size = max(x.size, size)
+	if more := (x.size+imagePage-1)/imagePage - int64(len(x.pages)); more > 0 {
+		x.pages = append(x.pages, make([]*[imagePage]byte, more)...)
+	}
+}
 
 // Submit does r and completes it before it returns.
 func (x *Image) Submit(r *block.Request) {
@@ -241,16 +279,19 @@ func (x *Image) check() {
 	}
 }
 
+// below is what the image lies over, from offset on.
+func (x *Image) below(offset int64) []byte { return x.under[min(offset, int64(len(x.under))):] }
+
 func (x *Image) read(p []byte, offset int64) {
 	x.check()
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	for len(p) > 0 {
-		n := 0
+		n := int(min(int64(len(p)), imagePage-offset%imagePage))
 		if page := x.pages[offset/imagePage]; page != nil {
-			n = copy(p, page[offset%imagePage:])
+			copy(p[:n], page[offset%imagePage:])
 		} else {
-			n = copy(p[:min(int64(len(p)), imagePage-offset%imagePage)], x.under[offset:])
+			clear(p[copy(p[:n], x.below(offset)):n])
 		}
 		p, offset = p[n:], offset+int64(n)
 	}
@@ -258,14 +299,13 @@ func (x *Image) read(p []byte, offset int64) {
 
 func (x *Image) write(p []byte, offset int64) {
 	x.check()
-	invariant.Check(offset+int64(len(p)) <= x.Size(), "%d bytes at %d of an image of %d", len(p), offset, x.Size())
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	for len(p) > 0 {
 		page := x.pages[offset/imagePage]
 		if page == nil {
 			page = new([imagePage]byte)
-			copy(page[:], x.under[offset/imagePage*imagePage:])
+			copy(page[:], x.below(offset/imagePage*imagePage))
 			x.pages[offset/imagePage] = page
 		}
 		n := copy(page[offset%imagePage:], p)
