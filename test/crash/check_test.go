@@ -135,7 +135,6 @@ func newChecker(g *generation, engine kcopyd.Engine) *checker {
 	for _, p := range []*[]byte{&k.origin, &k.expect, &k.got} {
 		*p = make([]byte, g.c.origin)
 	}
-	k.cow = make([]byte, len(g.start.cow))
 	return k
 }
 
@@ -180,6 +179,7 @@ func (k *checker) compareEnd(m over) error {
 
 // look checks everything that must hold of the images of the origin and the COW device.
 func (k *checker) look(images []*fault.Image, killed bool) error {
+	k.cow = slices.Grow(k.cow[:0], int(images[1].Size()))[:images[1].Size()]
 	if err := errors.Join(read(images[0], k.origin), read(images[1], k.cow)); err != nil {
 		return err
 	}
@@ -248,7 +248,7 @@ func (k *checker) open(images []*fault.Image) (*stack, error) {
 		return nil, err
 	}
 	s := openStack(images[0], k.engine)
-	return s, s.take(onSnapshot, images[1], store, k.c.onFull, func() error { return nil })
+	return s, s.take(onSnapshot, images[1], store, k.c, func() error { return nil })
 }
 
 // reopen compares the reopened snapshot with what the kernel would show, which is right, and now and then goes on with

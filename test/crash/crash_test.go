@@ -45,6 +45,11 @@ var cases = []struct {
 		onFull: snapshot.FullOverflow}},
 	{"overflow,late", config{mode: late, chunk: 1 << 10, origin: 200 << 10, room: 100, logical: 512, width: 10, steps: 40,
 		onFull: snapshot.FullOverflow}},
+	// A COW device that grows.
+	{"grow", config{mode: now, chunk: 1 << 10, origin: 200 << 10, room: 70, roomMax: 215, logical: 512, width: 6, steps: 40,
+		onFull: snapshot.FullGrow}},
+	{"grow,late", config{mode: late, chunk: 1 << 10, origin: 200 << 10, room: 63, roomMax: 215, logical: 512, width: 10,
+		steps: 40, onFull: snapshot.FullGrow}},
 	// The snapshot is removed at the end.
 	{"drop", config{mode: now, chunk: 4 << 10, origin: 50 << 12, room: 60, logical: 512, width: 6, steps: 20, drop: true}},
 	{"drop,late", config{mode: late, chunk: 4 << 10, origin: 50 << 12, room: 60, logical: 512, width: 6, steps: 20, drop: true}},

@@ -13,7 +13,6 @@ import (
 	"cowherd/cowstore"
 	"cowherd/internal/fault"
 	"cowherd/kcopyd"
-	"cowherd/target/snapshot"
 )
 
 // mergeCases are the runs of TestMerge. The other snapshot has chunks of 4 KiB.
@@ -130,7 +129,7 @@ func (g *mergeRun) open(on int, cow block.Device) error {
 
 func (g *mergeRun) take(on int, cow block.Device, store *cowstore.Persistent) error {
 	flush := func() error { return g.flush(g.origin) }
-	if err := g.stack.take(on, cow, store, snapshot.FullInvalidate, flush); err != nil {
+	if err := g.stack.take(on, cow, store, g.c, flush); err != nil {
 		return err
 	}
 	g.rec.Mark(taken{on})
@@ -291,7 +290,7 @@ func (k *mergeChecker) goOn(images []*fault.Image) error {
 		if err != nil {
 			return err
 		}
-		if err := s.take(x.on, x.cow, store, snapshot.FullInvalidate, func() error { return nil }); err != nil {
+		if err := s.take(x.on, x.cow, store, k.c, func() error { return nil }); err != nil {
 			return err
 		}
 	}

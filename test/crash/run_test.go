@@ -28,7 +28,8 @@ type config struct {
 	mode    string
 	chunk   cowstore.ChunkSize
 	origin  int64 // bytes
-	room    int64 // chunks of the COW device
+	room    int64 // chunks of the COW device, and
+	roomMax int64 // of how many it may come to have; 0: it does not grow
 	logical int   // block of both disks, in bytes
 	plain   bool  // the disks take no writes of zeroes
 	width   int   // operations at the same time
@@ -73,7 +74,7 @@ func (c *config) limits() block.Limits {
 
 // capacity is the number of chunks of the COW device that can hold exceptions.
 func (c *config) capacity() int {
-	n, l := 0, cowstore.NewLayout(c.room*int64(c.chunk), c.chunk)
+	n, l := 0, cowstore.NewLayout(max(c.room, c.roomMax)*int64(c.chunk), c.chunk)
 	for chunk := cowstore.Chunk(2); chunk < l.Chunks; chunk++ {
 		if !l.IsMetadata(chunk) {
 			n++
@@ -283,8 +284,13 @@ func (g *generation) work() error {
 	if err == nil && g.c.longest > 0 {
 		err = g.sweep(g.c.origin/2, g.c.longest*int64(g.c.chunk))
 	}
-	if err == nil {
-		err = g.steps(g.c.steps, onOrigin, onOrigin, onSnapshot)
+	for range resizes {
+		if err == nil {
+			err = g.steps(g.c.steps/resizes, onOrigin, onOrigin, onSnapshot)
+		}
+		if err == nil {
+			err = g.resize()
+		}
 	}
 	if err == nil {
 		err = g.end()
@@ -307,7 +313,7 @@ func (g *generation) take() error {
 		}
 	}
 	flush := func() error { return g.flush(g.origin) }
-	if err := g.stack.take(onSnapshot, g.cow, store, g.c.onFull, flush); err != nil {
+	if err := g.stack.take(onSnapshot, g.cow, store, g.c, flush); err != nil {
 		return err
 	}
 	g.rec.Mark(taken{onSnapshot})
@@ -319,6 +325,19 @@ func (g *generation) store() (*cowstore.Persistent, error) {
 		return cowstore.CreatePersistent(g.cow, g.c.chunk, cowstore.PersistentConfig{})
 	}
 	return cowstore.OpenPersistent(g.cow, cowstore.PersistentConfig{})
+}
+
+// resizes is how often a COW device that may grow is told to during a run, beside what it does by itself.
+const resizes = 2
+
+// resize lets the COW device grow, if it may, by half of what is left.
+func (g *generation) resize() error {
+	size := g.cow.Size()
+	more := (g.c.roomMax*int64(g.c.chunk) - size) / 2
+	if more <= 0 {
+		return nil
+	}
+	return g.stack.snaps[onSnapshot].Resize(size + more)
 }
 
 // end reads both devices.

@@ -47,10 +47,10 @@ const pendingMax = 64
 
 // take adds a snapshot with the given store. flush flushes the origin's device while the origin is suspended: what the
 // snapshot shows is not to be lost when the origin loses what was never flushed.
-func (s *stack) take(on int, cow block.Device, store *cowstore.Persistent, onFull snapshot.OnFull, flush func() error) error {
+func (s *stack) take(on int, cow block.Device, store *cowstore.Persistent, c *config, flush func() error) error {
 	x, err := snapshot.New(snapshot.Config{
-		Name: deviceNames[on], Origin: s.target, COW: cow, Store: store, Engine: s.engine, OnFull: onFull,
-		PendingMax: pendingMax,
+		Name: deviceNames[on], Origin: s.target, COW: cow, Store: store, Engine: s.engine, PendingMax: pendingMax,
+		OnFull: c.onFull, COWMax: c.roomMax * int64(c.chunk),
 	})
 	if err != nil {
 		return err
