@@ -14,7 +14,9 @@ type ChunkSet struct {
 	at    Chunk      // its number
 }
 
-const chunkPageBits = 1 << 15
+// chunkPageBits makes a page 64 bytes, so that even chunks that are far apart, as in a damaged table, take a few times
+// what their records take on disk.
+const chunkPageBits = 1 << 9
 
 type chunkPage [chunkPageBits / 64]uint64
 
