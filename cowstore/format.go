@@ -9,6 +9,9 @@ import (
 	"cowherd/block"
 )
 
+// FormatVersion is the version of the persistent format.
+const FormatVersion = 1
+
 // The persistent format, version 1, of dm-snap-persistent.c; all numbers are little-endian. The COW device is divided in
 // chunks of one size, C bytes:
 //
@@ -32,7 +35,7 @@ import (
 // record may name a data chunk of any area.
 const (
 	headerMagic   = 0x70416e53 // "SnAp"
-	headerVersion = 1
+	headerVersion = FormatVersion
 	headerBytes   = 16
 	recordBytes   = 16
 )
@@ -183,17 +186,33 @@ func (l Layout) skipMetadata(c Chunk) Chunk {
 // Check tells which rule r breaks by itself: its chunk must hold data of this device, and the old one must lie within an
 // origin of the given number of chunks (0: not known). "" if none.
 func (l Layout) Check(r Record, origin Chunk) string {
-	switch {
-	case r.New >= l.Chunks:
-		return fmt.Sprintf("the new chunk lies behind the end of the COW device, which has %d", l.Chunks)
-	case l.IsMetadata(r.New):
-		return "the new chunk is one of metadata"
-	case origin > 0 && r.Old >= origin:
-		return fmt.Sprintf("the old chunk lies behind the end of the origin, which has %d", origin)
-	case r.Old > chunkMax:
-		return fmt.Sprintf("the old chunk is larger than %d", uint64(chunkMax))
+	if _, what := l.checkNew(r.New); what != "" {
+		return what
 	}
-	return ""
+	_, what := l.checkOld(r.Old, origin)
+	return what
+}
+
+// checkNew is Check for the new chunk, and names the rule.
+func (l Layout) checkNew(c Chunk) (rule Rule, what string) {
+	switch {
+	case c >= l.Chunks:
+		return RuleNewBehindEnd, fmt.Sprintf("the new chunk lies behind the end of the COW device, which has %d", l.Chunks)
+	case l.IsMetadata(c):
+		return RuleNewMetadata, "the new chunk is one of metadata"
+	}
+	return "", ""
+}
+
+// checkOld is Check for the old chunk, and names the rule.
+func (l Layout) checkOld(c, origin Chunk) (rule Rule, what string) {
+	switch {
+	case origin > 0 && c >= origin:
+		return RuleOldBehindEnd, fmt.Sprintf("the old chunk lies behind the end of the origin, which has %d", origin)
+	case c > chunkMax:
+		return RuleOldTooLarge, fmt.Sprintf("the old chunk is larger than %d", uint64(chunkMax))
+	}
+	return "", ""
 }
 
 // chunkMax is the largest number of a chunk: the kernel keeps the upper 8 bits of a number for the length of a run.
