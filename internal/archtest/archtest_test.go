@@ -33,7 +33,7 @@ var layers = [][]string{
 	{"backend/*", "internal/fault"},
 	{"block"},
 	{"metrics", "trace"},
-	{"internal/invariant", "internal/percpu", "internal/size", "internal/sparse"},
+	{"internal/fixture", "internal/invariant", "internal/percpu", "internal/size", "internal/sparse"},
 }
 
 // apart are tools of the repository: they import no layer and no layer imports them.
