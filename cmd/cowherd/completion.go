@@ -39,9 +39,11 @@ func (c *completionCmd) Run(s *session) error {
 	return err
 }
 
-// completion is what may follow on a command line with some command ("" before there is one).
+// completion is what may follow on a command line with some command ("" before there is one, "cow info" for one below
+// another).
 type completion struct {
 	command, help string
+	below         []completion
 	flags         []completionFlag
 	argument      string // a source of words for arguments, see sources
 }
@@ -65,7 +67,7 @@ var nameWords = map[string]string{
 	"any":      "cowherd ls --quiet 2>/dev/null",
 }
 
-// completions finds out what the grammar takes: first what is known without a command, then each command, together with
+// completions finds out what the grammar takes: first what is known without a command, then each command, and behind it
 // the commands below it.
 func completions(app *kong.Application) []completion {
 	root := completion{flags: flagsOf(app.Flags)}
@@ -76,24 +78,30 @@ func completions(app *kong.Application) []completion {
 			continue
 		}
 		names = append(names, command.Name)
-		c := completion{command: command.Name, help: command.Help, argument: noWords}
-		c.flags = append(flagsOf(command.Flags), root.flags...)
-		var below []string
-		for _, sub := range command.Children {
-			below = append(below, sub.Name)
-			c.flags = append(c.flags, flagsOf(sub.Flags)...)
-		}
-		if len(below) > 0 {
-			c.argument = "=" + strings.Join(below, " ")
-		} else if len(command.Positional) > 0 {
-			// The last argument: the ones before it are names that do not exist yet.
-			c.argument = source(command.Positional[len(command.Positional)-1])
-		}
-		all = append(all, c)
+		c := newCompletion("", command, root.flags)
+		all = append(append(all, c), c.below...)
 	}
 	root.argument = "=" + strings.Join(names, " ")
 	all[0] = root
 	return all
+}
+
+// newCompletion is the completion of a command; above is the one that it is below, with a space behind it.
+func newCompletion(above string, command *kong.Node, more []completionFlag) completion {
+	c := completion{command: above + command.Name, help: command.Help, argument: noWords}
+	c.flags = append(flagsOf(command.Flags), more...)
+	var names []string
+	for _, sub := range command.Children {
+		names = append(names, sub.Name)
+		c.below = append(c.below, newCompletion(c.command+" ", sub, more))
+	}
+	if len(names) > 0 {
+		c.argument = "=" + strings.Join(names, " ")
+	} else if len(command.Positional) > 0 {
+		// The last argument: the ones before it are names that do not exist yet.
+		c.argument = source(command.Positional[len(command.Positional)-1])
+	}
+	return c
 }
 
 func flagsOf(flags []*kong.Flag) []completionFlag {
@@ -129,8 +137,10 @@ func source(v *kong.Value) string {
 // caseShell is a shell whose script is one function with two case statements: over the command and the word before
 // the cursor, for values of flags, and over the command and the word at the cursor, for the rest.
 type caseShell struct {
-	// before and after enclose the case statements; before sets command, prev and cur.
+	// before and after enclose the case statements; before sets command, its place i, prev and cur.
 	before, after string
+	// below adds the word behind the command to it, if the cursor is behind that.
+	below string
 	// words, command and files are the statements that offer given words, the lines that a command prints, and files.
 	words, command, files string
 }
@@ -152,6 +162,7 @@ var bash = caseShell{
 }
 complete -o filenames -o bashdefault -F _cowherd cowherd
 `,
+	below:   `((i + 1 < cword)) && command+=" ${words[i+1]}"`,
 	words:   `COMPREPLY=($(compgen -W '%s' -- "$cur"))`,
 	command: `COMPREPLY=($(compgen -W "$(%s)" -- "$cur"))`,
 	files:   `COMPREPLY=($(compgen -f -- "$cur"))`,
@@ -169,6 +180,7 @@ _cowherd() {
 	after: `}
 if [[ ${funcstack[1]} == _cowherd ]]; then _cowherd "$@"; else compdef _cowherd cowherd; fi
 `,
+	below:   `((i + 1 < CURRENT)) && command+=" ${words[i+1]}"`,
 	words:   `compadd -- %s`,
 	command: `compadd -- ${(f)"$(%s)"}`,
 	files:   `_files`,
@@ -177,11 +189,17 @@ if [[ ${funcstack[1]} == _cowherd ]]; then _cowherd "$@"; else compdef _cowherd 
 // script is the whole script.
 func (sh *caseShell) script(all []completion) string {
 	var b strings.Builder
-	b.WriteString(sh.before + "  case $command:$prev in\n")
+	b.WriteString(sh.before + "  case $command in\n")
+	for _, c := range all {
+		if len(c.below) > 0 {
+			fmt.Fprintf(&b, "  (%s) %s ;;\n", c.command, sh.below)
+		}
+	}
+	b.WriteString("  esac\n  case $command:$prev in\n")
 	for _, c := range all {
 		for _, f := range c.flags {
 			if f.takesValue {
-				fmt.Fprintf(&b, "  (%s:--%s) %s; return ;;\n", c.command, f.name, sh.offer(f.value))
+				fmt.Fprintf(&b, "  (\"%s\":--%s) %s; return ;;\n", c.command, f.name, sh.offer(f.value))
 			}
 		}
 	}
@@ -191,8 +209,8 @@ func (sh *caseShell) script(all []completion) string {
 		for _, f := range c.flags {
 			names = append(names, "--"+f.name)
 		}
-		fmt.Fprintf(&b, "  (%s:-*) %s ;;\n", c.command, sh.offer("="+strings.Join(names, " ")))
-		fmt.Fprintf(&b, "  (%s:*) %s ;;\n", c.command, sh.offer(c.argument))
+		fmt.Fprintf(&b, "  (\"%s\":-*) %s ;;\n", c.command, sh.offer("="+strings.Join(names, " ")))
+		fmt.Fprintf(&b, "  (\"%s\":*) %s ;;\n", c.command, sh.offer(c.argument))
 	}
 	b.WriteString("  esac\n" + sh.after)
 	return b.String()
@@ -232,10 +250,15 @@ func fishScript(all []completion) string {
 	for _, c := range all {
 		condition := "__fish_use_subcommand"
 		if c.command != "" {
-			condition = "__fish_seen_subcommand_from " + c.command
-			fmt.Fprintf(&b, "complete -c cowherd -n __fish_use_subcommand -a %s -d %s\n", c.command, fishQuote(c.help))
-			if c.argument != noWords {
-				fmt.Fprintf(&b, "complete -c cowherd -n %s%s\n", fishQuote(condition), fishArguments(c.argument))
+			condition = "__fish_seen_subcommand_from " + strings.ReplaceAll(c.command, " ", "; and __fish_seen_subcommand_from ")
+			if !strings.Contains(c.command, " ") {
+				fmt.Fprintf(&b, "complete -c cowherd -n __fish_use_subcommand -a %s -d %s\n", c.command, fishQuote(c.help))
+			}
+			if arguments := condition; c.argument != noWords {
+				for _, sub := range c.below { // once there is one, it is its arguments that are wanted
+					arguments += "; and not __fish_seen_subcommand_from " + strings.TrimPrefix(sub.command, c.command+" ")
+				}
+				fmt.Fprintf(&b, "complete -c cowherd -n %s%s\n", fishQuote(arguments), fishArguments(c.argument))
 			}
 		}
 		for _, f := range c.flags {

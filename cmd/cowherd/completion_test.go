@@ -45,6 +45,14 @@ COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _cowherd; printf '%s\n' "${COMPREPLY[
 		"cowherd snapshot vm@x --ch":        "--chunk",
 		"cowherd snapshot vm@x --chunk ":    "",
 		"cowherd events --no":               "--no-follow",
+		"cowherd bench kc":                  "kcopyd",
+		"cowherd bench kcopyd --dev":        "--device",
+		"cowherd bench kcopyd --device n":   "null",
+		"cowherd cow ":                      "info dump check repair",
+		"cowherd cow du":                    "dump",
+		"cowherd cow check --m":             "--max",
+		"cowherd cow check --origin /etc/h": "/etc/hostname",
+		"cowherd cow info /etc/hostn":       "/etc/hostname",
 		"cowherd attach vm /etc/host":       "/etc/host.conf /etc/hostname /etc/hosts",
 		"cowherd serve --config /etc/hostn": "/etc/hostname",
 	} {
@@ -59,11 +67,14 @@ COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _cowherd; printf '%s\n' "${COMPREPLY[
 func TestFishCompletion(t *testing.T) {
 	script := cowherd(t, "completion", "fish").stdout + "\ncomplete -C \"$argv[-1]\" | cut -f 1\n"
 	for words, want := range map[string]string{
-		"cowherd sn":              "snapshot",
-		"cowherd rm ":             "vm@a",
-		"cowherd detach ":         "vm",
-		"cowherd serve --engine ": "scaled serialised",
-		"cowherd events --no":     "--no-follow",
+		"cowherd sn":                      "snapshot",
+		"cowherd rm ":                     "vm@a",
+		"cowherd detach ":                 "vm",
+		"cowherd serve --engine ":         "scaled serialised",
+		"cowherd events --no":             "--no-follow",
+		"cowherd cow ch":                  "check",
+		"cowherd cow check --m":           "--max",
+		"cowherd bench kcopyd --device n": "null",
 	} {
 		if got := complete(t, "fish", script, words); got != want {
 			t.Errorf("%q: got %q, want %q", words, got, want)
@@ -83,6 +94,9 @@ words=("$@"); CURRENT=$#; PREFIX=${words[-1]}
 		"cowherd status ":         "vm vm@a",
 		"cowherd serve --engine ": "scaled serialised",
 		"cowherd attach vm ":      "files",
+		"cowherd cow du":          "dump",
+		"cowherd cow info ":       "files",
+		"cowherd cow check --m":   "--max",
 		"cowherd snapshot vm --d": "--discard-zeroes-cow --discard-passdown-origin",
 	} {
 		if got := complete(t, "zsh", script, strings.Split(words, " ")...); got != want {

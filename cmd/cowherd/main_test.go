@@ -32,7 +32,10 @@ func TestMain(m *testing.M) {
 	for _, name := range []string{"COWHERD_CONTROL", "NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID"} {
 		_ = os.Unsetenv(name)
 	}
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(status int) {
+		removeFixtures()
+		os.Exit(status)
+	}))
 }
 
 // result is what a command line has come to.
@@ -134,7 +137,7 @@ func TestHelp(t *testing.T) {
 	r := cowherd(t, "--help")
 	r.want(t, exitOK, "Usage: cowherd <command>", "")
 	for _, command := range []string{
-		"serve", "attach", "detach", "snapshot", "rm", "ls", "status", "events", "version", "completion",
+		"serve", "attach", "detach", "snapshot", "rm", "ls", "status", "events", "cow", "version", "completion",
 	} {
 		if !strings.Contains(r.stdout, "\n  "+command+" ") {
 			t.Errorf("no %s in the help", command)
@@ -142,6 +145,9 @@ func TestHelp(t *testing.T) {
 		help := cowherd(t, command, "--help")
 		help.want(t, exitOK, "Example", "")
 		help.want(t, exitOK, "    cowherd "+command, "")
+	}
+	for _, command := range []string{"info", "dump", "check", "repair"} {
+		cowherd(t, "cow", command, "--help").want(t, exitOK, "Examples:\n\n    cowherd cow "+command, "")
 	}
 }
 
