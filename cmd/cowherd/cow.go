@@ -13,6 +13,8 @@ type cowCmd struct {
 	Dump   cowDumpCmd   `cmd:"" help:"List the exceptions."`
 	Check  cowCheckCmd  `cmd:"" help:"Check every rule of the format."`
 	Repair cowRepairCmd `cmd:"" help:"Repair what can be repaired without inventing data."`
+	Export cowExportCmd `cmd:"" help:"Write the view of the snapshot to an image."`
+	Diff   cowDiffCmd   `cmd:"" help:"List the ranges in which the snapshot differs from its origin."`
 }
 
 func (cowCmd) Help() string {

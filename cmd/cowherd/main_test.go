@@ -146,8 +146,8 @@ func TestHelp(t *testing.T) {
 		help.want(t, exitOK, "Example", "")
 		help.want(t, exitOK, "    cowherd "+command, "")
 	}
-	for _, command := range []string{"info", "dump", "check", "repair"} {
-		cowherd(t, "cow", command, "--help").want(t, exitOK, "Examples:\n\n    cowherd cow "+command, "")
+	for _, command := range []string{"info", "dump", "check", "repair", "export", "diff"} {
+		cowherd(t, "cow", command, "--help").want(t, exitOK, "    cowherd cow "+command, "")
 	}
 }
 
