@@ -48,7 +48,7 @@ COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _cowherd; printf '%s\n' "${COMPREPLY[
 		"cowherd bench kc":                  "kcopyd",
 		"cowherd bench kcopyd --dev":        "--device",
 		"cowherd bench kcopyd --device n":   "null",
-		"cowherd cow ":                      "info dump check repair export diff",
+		"cowherd cow ":                      "info dump check repair export merge diff",
 		"cowherd cow du":                    "dump",
 		"cowherd cow check --m":             "--max",
 		"cowherd cow check --origin /etc/h": "/etc/hostname",

@@ -14,6 +14,7 @@ type cowCmd struct {
 	Check  cowCheckCmd  `cmd:"" help:"Check every rule of the format."`
 	Repair cowRepairCmd `cmd:"" help:"Repair what can be repaired without inventing data."`
 	Export cowExportCmd `cmd:"" help:"Write the view of the snapshot to an image."`
+	Merge  cowMergeCmd  `cmd:"" help:"Move the snapshot into its origin, or finish that."`
 	Diff   cowDiffCmd   `cmd:"" help:"List the ranges in which the snapshot differs from its origin."`
 }
 

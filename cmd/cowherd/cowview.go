@@ -10,6 +10,7 @@ import (
 	"cowherd/backend/file"
 	"cowherd/cowstore"
 	"cowherd/dm"
+	"cowherd/kcopyd"
 	"cowherd/target/snapshot"
 )
 
@@ -19,45 +20,53 @@ type viewArguments struct {
 	cowArgument
 }
 
-// view is the view of a persistent snapshot over a COW device and an origin that are not changed.
+// view is the view of a persistent snapshot over a COW device and an origin that nobody else has open.
 type view struct {
 	origin, cow *file.Device
+	engine      *kcopyd.Scaled
 	snapshot    *snapshot.Snapshot
-	device      *dm.Device
+	device      *dm.Device // nil: it was opened for merging
 }
 
-// openView opens the snapshot for reading only.
-func (c *viewArguments) openView() (v *view, err error) {
+// openView opens the snapshot for reading only. The error says what is wrong with which file.
+func (c *viewArguments) openView() (*view, error) {
+	v, err := c.openSnapshot(true)
+	if err != nil {
+		return nil, err
+	}
+	v.device = dm.NewDevice(c.File, v.snapshot, true)
+	return v, nil
+}
+
+// openSnapshot opens the snapshot, and serves it to nobody.
+func (c *viewArguments) openSnapshot(readOnly bool) (_ *view, err error) {
 	if same, err := sameFile(c.Origin, c.File); err != nil || same {
 		return nil, errors.Join(err, c.wrap(errors.New("it is given as the origin and as the COW device")))
 	}
-	v = &view{}
+	v := &view{}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, v.close())
 		}
 	}()
-	if v.cow, err = c.openCOW(true); err != nil {
-		return v, err
+	if v.cow, err = c.openCOW(readOnly); err != nil {
+		return nil, err
 	}
-	if v.origin, err = file.Open(c.Origin, file.Options{ReadOnly: true}); err != nil {
-		return v, err
+	if v.origin, err = file.Open(c.Origin, file.Options{ReadOnly: readOnly}); err != nil {
+		return nil, err
 	}
-	store, err := cowstore.OpenPersistent(v.cow, cowstore.PersistentConfig{ReadOnly: true})
+	store, err := cowstore.OpenPersistent(v.cow, cowstore.PersistentConfig{ReadOnly: readOnly})
 	if err != nil {
-		return v, c.wrap(err)
+		return nil, c.wrap(err)
 	}
 	if !store.Valid() {
-		return v, c.wrap(errInvalid)
+		return nil, c.wrap(errInvalid)
 	}
-	v.snapshot, err = snapshot.New(snapshot.Config{ // without an engine: what is only read is never copied
-		Name: c.File, Origin: snapshot.NewOrigin(v.origin), COW: v.cow, Store: store, ReadOnly: true,
+	v.engine = kcopyd.NewScaled(kcopyd.Config{})
+	v.snapshot, err = snapshot.New(snapshot.Config{
+		Name: c.File, Origin: snapshot.NewOrigin(v.origin), COW: v.cow, Store: store, Engine: v.engine, ReadOnly: readOnly,
 	})
-	if err != nil {
-		return v, err
-	}
-	v.device = dm.NewDevice(c.File, v.snapshot, true)
-	return v, nil
+	return v, err
 }
 
 // errInvalid is why there is no view.
@@ -68,6 +77,9 @@ func (v *view) close() error {
 	var errs []error
 	if v.device != nil {
 		errs = append(errs, v.device.Close(context.Background()))
+	}
+	if v.engine != nil {
+		errs = append(errs, v.engine.Close())
 	}
 	if v.snapshot != nil {
 		errs = append(errs, v.snapshot.Close())

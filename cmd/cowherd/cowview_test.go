@@ -271,3 +271,78 @@ func TestProgress(t *testing.T) {
 		t.Error(got)
 	}
 }
+
+// TestFixtureMerges: merging a store that the kernel has made gives the view; one that the kernel has begun to merge is
+// finished.
+func TestFixtureMerges(t *testing.T) {
+	eachFixture(t, func(t *testing.T, x fixture.Fixture, origin, cow string) {
+		origin, cow = copyOf(t, origin), copyOf(t, cow)
+		before := sumOf(t, origin) + sumOf(t, cow)
+		r := cowherd(t, "cow", "merge", "--origin", origin, cow, "--json")
+		want := viewSum(x)
+		if want == "" {
+			r.want(t, exitError, "", "the snapshot is invalid")
+			if sumOf(t, origin)+sumOf(t, cow) != before {
+				t.Error("a file was changed")
+			}
+			return
+		}
+		r.want(t, exitOK, "", "")
+		if final := x.Sums["final-origin"]; final != "" {
+			want = final
+		}
+		if got := sumOf(t, origin); got != want {
+			t.Errorf("the origin has sum %s, want %s", got, want)
+		}
+		info := decode[cowInfo](t, cowherd(t, "cow", "info", cow, "--json"))
+		if info.State != stateFresh || info.AllocatedSectors != info.MetadataSectors {
+			t.Errorf("afterwards: %+v", info)
+		}
+		cowherd(t, "cow", "check", cow).want(t, exitOK, "", "")
+		cowherd(t, "cow", "merge", "--origin", origin, cow).want(t, exitOK, "merged into "+origin+", 0 chunks", "")
+	})
+}
+
+// copyOf is a copy of a file, to be changed.
+func copyOf(t *testing.T, path string) string {
+	t.Helper()
+	p, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path = filepath.Join(t.TempDir(), filepath.Base(path))
+	if err := os.WriteFile(path, p, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// TestMergeInterrupted: an interrupted merge goes on, and the view stays what it was meanwhile.
+func TestMergeInterrupted(t *testing.T) {
+	origin, cow := fixtureFile(t, "a-snap-p-4k", "origin.img"), fixtureFile(t, "a-snap-p-4k", "cow.img")
+	args := []string{"cow", "merge", "--origin", origin, cow}
+	all, err := fixture.All()
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := viewSum(all[0])
+	for range 8 {
+		var stdout, stderr bytes.Buffer
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel() // a batch that is begun is finished all the same
+		status := run(ctx, args, nil, &stdout, &stderr)
+		if status != exitOK && !strings.Contains(stderr.String(), "chunks merged: the same command goes on") {
+			t.Fatalf("%q", stderr.String())
+		}
+	}
+	cowherd(t, "cow", "check", cow, "--origin", origin).want(t, exitOK, "", "")
+	out := filepath.Join(t.TempDir(), "out.img")
+	cowherd(t, "cow", "export", "--origin", origin, cow, out).want(t, exitOK, "", "")
+	if sumOf(t, out) != want {
+		t.Fatal("the view is another one")
+	}
+	cowherd(t, args...).want(t, exitOK, "", "")
+	if sumOf(t, origin) != want {
+		t.Error("the origin is not what the snapshot showed")
+	}
+}

@@ -36,7 +36,7 @@ type cli struct {
 	Ls         lsCmd         `cmd:"" help:"List devices and snapshots."`
 	Status     statusCmd     `cmd:"" help:"Show all that is known of devices and snapshots."`
 	Events     eventsCmd     `cmd:"" help:"Show what happens in the daemon."`
-	Cow        cowCmd        `cmd:"" help:"Inspect, check, repair and export persistent snapshots, without a daemon."`
+	Cow        cowCmd        `cmd:"" help:"Inspect, check, repair, export and merge persistent snapshots, without a daemon."`
 	Demo       demoCmd       `cmd:"" help:"Freeze a disk while it is written, prove it, and see what it costs."`
 	Bench      benchCmd      `cmd:"" help:"Measure cowherd from the inside."`
 	Version    versionCmd    `cmd:"" help:"Show the versions of this program and of the daemon."`

@@ -146,7 +146,7 @@ func TestHelp(t *testing.T) {
 		help.want(t, exitOK, "Example", "")
 		help.want(t, exitOK, "    cowherd "+command, "")
 	}
-	for _, command := range []string{"info", "dump", "check", "repair", "export", "diff"} {
+	for _, command := range []string{"info", "dump", "check", "repair", "export", "merge", "diff"} {
 		cowherd(t, "cow", command, "--help").want(t, exitOK, "    cowherd cow "+command, "")
 	}
 }

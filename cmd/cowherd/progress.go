@@ -48,6 +48,20 @@ func (p *progress) add(n int64) {
 		return
 	}
 	p.done.Add(n)
+	p.refresh()
+}
+
+// reach says that so many bytes are done in all.
+func (p *progress) reach(done int64) {
+	if p == nil {
+		return
+	}
+	p.done.Store(done)
+	p.refresh()
+}
+
+// refresh shows the state when it is time to.
+func (p *progress) refresh() {
 	took, next := time.Since(p.start), p.next.Load()
 	if int64(took) >= next && p.next.CompareAndSwap(next, int64(took+p.every)) {
 		p.show(took)
