@@ -220,7 +220,7 @@ func TestSurvey(t *testing.T) {
 	}
 }
 
-// TestCheckModel compares the counts of random stores with what a plain loop finds.
+// TestCheckModel compares the counts of random stores with what a plain loop finds, and with a store that is loaded.
 func TestCheckModel(t *testing.T) {
 	for seed := range uint64(100) {
 		rnd := rand.New(rand.NewPCG(seed, 1))
@@ -235,6 +235,9 @@ func TestCheckModel(t *testing.T) {
 				break
 			}
 			r := Record{Chunk(rnd.IntN(400)), 1 + Chunk(rnd.Int64N(chunks+3))}
+			if seed%2 == 0 { // a good one
+				r = Record{Chunk(len(records)), l.skipMetadata(Chunk(len(records)) + 2 + Chunk(len(records))/Chunk(l.AreaRecords()))}
+			}
 			records = append(records, r)
 			bad := r.New >= l.Chunks || r.New%(l.stride()) == 1
 			if bad || news[r.New] {
@@ -257,11 +260,13 @@ func TestCheckModel(t *testing.T) {
 				gaps++
 			}
 		}
-		s, found := newHandmade(t, chunkSize, chunks, 0, records...).check(t, 0)
+		h := newHandmade(t, chunkSize, chunks, 0, records...)
+		s, found := h.check(t, 0)
 		if s.Violations != violations || s.NewMax != highest || s.Gaps != gaps {
 			t.Fatalf("seed %d: %d violations, highest %d, %d gaps; want %d, %d, %d: %q", seed, s.Violations, s.NewMax, s.Gaps,
 				violations, highest, gaps, found)
 		}
+		checkLoad(t, h.device, s, violations > 0)
 	}
 }
 
@@ -320,18 +325,20 @@ func TestRecords(t *testing.T) {
 	}
 }
 
-// FuzzCheck gives Check arbitrary bytes: it must come to an end, without a panic, and agree with itself.
+// FuzzCheck gives arbitrary bytes to Check, and to a store that is opened and loaded: both must come to an end, without a
+// panic, and agree about what is wrong.
 func FuzzCheck(f *testing.F) {
-	for _, records := range [][]Record{nil, {{1, 2}}, {{1, 2}, {1, 2}, {1 << 60, 1 << 60}}, full(512, 2)} {
-		h := newHandmade(f, 512, 90, 0, records...)
-		p := make([]byte, 80*512)
+	for _, records := range [][]Record{nil, {{1, 2}}, {{1, 2}, {1, 2}, {1 << 60, 1 << 60}}, full(512, 1)} {
+		chunks := 5 + int64(len(records))
+		h := newHandmade(f, 512, chunks, 0, records...)
+		p := make([]byte, chunks*512)
 		if err := block.Read(h.device, p, 0); err != nil {
 			f.Fatal(err)
 		}
 		f.Add(p)
 	}
 	f.Fuzz(func(t *testing.T, p []byte) {
-		if len(p) > 1<<20 {
+		if len(p) > 64<<10 {
 			return
 		}
 		d, err := mem.New(mem.Config{Size: int64(len(p)+511) / 512 * 512})
@@ -341,8 +348,12 @@ func FuzzCheck(f *testing.F) {
 		if err := block.Write(d, append(p, make([]byte, int(d.Size())-len(p))...), 0); err != nil {
 			t.Fatal(err)
 		}
-		reported := 0
-		s, err := Check(d, CheckConfig{Report: func(f *Finding) { reported++; _ = f.String() }})
+		reported, broken := 0, false
+		s, err := Check(d, CheckConfig{Report: func(f *Finding) {
+			reported++
+			broken = broken || f.Violation && f.Rule != RuleNextArea && f.Rule != RuleHeaderValid
+			_ = f.String()
+		}})
 		if err != nil {
 			return
 		}
@@ -350,10 +361,46 @@ func FuzzCheck(f *testing.F) {
 			t.Fatalf("%+v, %d findings reported", s, reported)
 		}
 		_ = s.Status()
+		checkLoad(t, d, s, broken)
 		if h, err := ReadHeader(d); (err == nil) != (s.Layout != Layout{}) || err == nil && h != s.Header {
 			t.Fatalf("the header: %+v and %v, survey %+v", h, err, s)
 		}
 	})
+}
+
+// checkLoad opens the store on d and loads it. broken: it breaks rules other than those about where the table ends and how
+// the header says valid, which a store that is opened does not mind.
+func checkLoad(t *testing.T, d block.Device, s *Survey, broken bool) {
+	t.Helper()
+	olds, loaded := map[Chunk]bool{}, uint64(0)
+	p, err := OpenPersistent(d, PersistentConfig{})
+	if err == nil {
+		err = p.Load(0, func(r Record) bool {
+			before := olds[r.Old]
+			olds[r.Old] = true
+			loaded++
+			return !before
+		})
+	}
+	corrupt := errors.As(err, new(*CorruptError))
+	if noArea := s.Layout != (Layout{}) && s.Layout.Areas() == 0; noArea && corrupt {
+		return
+	}
+	if broken != corrupt || !corrupt && (err != nil || loaded != s.Exceptions) {
+		t.Fatalf("check: %+v, broken %v; load of %d: %v", s, broken, loaded, err)
+	}
+	if corrupt {
+		return
+	}
+	allocated, total, metadata := p.Usage()
+	if a, b, c := s.Usage(); s.Ended && (a != allocated || b != total || c != metadata) {
+		t.Fatalf("usage %d/%d %d, of the store %d/%d %d", a, b, c, allocated, total, metadata)
+	}
+	leftover := false
+	_, err = Check(d, CheckConfig{Report: func(f *Finding) { leftover = leftover || f.Rule == RuleLeftover }})
+	if err != nil || s.Header.Valid && leftover {
+		t.Fatalf("what lay behind the table is there after it was loaded: %+v, %v", s, err)
+	}
 }
 
 func BenchmarkCheck(b *testing.B) {
