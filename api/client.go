@@ -88,6 +88,18 @@ func (c *Client) RemoveSnapshot(ctx context.Context, name string, force bool) er
 	return err
 }
 
+// ResizeSnapshot gives a snapshot's store another size in bytes.
+func (c *Client) ResizeSnapshot(ctx context.Context, name string, size int64) (Device, error) {
+	path := "/snapshots/" + url.PathEscape(name) + "/size"
+	return call[Device](ctx, c, http.MethodPut, path, ResizeRequest{SizeBytes: size})
+}
+
+// MergeSnapshot lets the merge of a snapshot into its origin run, or stops it.
+func (c *Client) MergeSnapshot(ctx context.Context, name string, running bool) (Device, error) {
+	path := "/snapshots/" + url.PathEscape(name) + "/merge"
+	return call[Device](ctx, c, http.MethodPut, path, MergeRequest{Running: running})
+}
+
 // EventsQuery selects events.
 type EventsQuery struct {
 	// Since is the number of an event: those after it are wanted. nil: those from now on, or with Follow false all

@@ -22,9 +22,21 @@ const (
 
 // States of a Device.
 const (
-	StateLive    = "live"    // an origin that serves requests
-	StateValid   = "valid"   // a snapshot that shows the frozen view
-	StateInvalid = "invalid" // a snapshot that has lost it; see Snapshot.Invalid
+	StateLive     = "live"     // an origin that serves requests
+	StateValid    = "valid"    // a snapshot that shows the frozen view
+	StateInvalid  = "invalid"  // a snapshot that has lost it; see Snapshot.Invalid
+	StateOverflow = "overflow" // a snapshot that shows it, but takes no writes any more: its store is full
+	StateMerging  = "merging"  // a snapshot that is being merged into its origin; see Snapshot.Merge
+	StateMerged   = "merged"   // a snapshot that has been: it shows the origin, and goes with its last user
+	StateLost     = "lost"     // what the daemon remembers but could not open; see Device.Lost
+)
+
+// What becomes of a snapshot whose store is full: values of SnapshotRequest.OnFull.
+const (
+	OnFullInvalidate = "invalidate" // it becomes invalid, as in the kernel
+	OnFullGrow       = "grow"       // the store grows, up to the limit; then as invalidate
+	OnFullThrottle   = "throttle"   // writes to the origin wait for room, for a while; then as invalidate
+	OnFullOverflow   = "overflow"   // a write to the snapshot fails and costs nothing else; of the origin: as invalidate
 )
 
 // AttachRequest asks for a device under a name.
@@ -39,16 +51,45 @@ type AttachRequest struct {
 // SnapshotRequest asks for a snapshot.
 type SnapshotRequest struct {
 	Name string `json:"name"` // ORIGIN@SNAPSHOT
-	// ChunkBytes is the unit of copying, a power of two from 4 KiB to 1 GiB; 0: 4 KiB.
+	// ChunkBytes is the unit of copying, a power of two from 4 KiB to 1 GiB; 0: 4 KiB, or that of the store that is
+	// reopened.
 	ChunkBytes int64 `json:"chunk_bytes,omitempty"`
 	// Store is where copied chunks go: "" or "temp" (an unlinked file in the state directory), "mem", or the absolute
 	// path of a directory (an unlinked file there), of a file or of a block device (whose contents are lost).
+	//
+	// Where a persistent store is: the absolute path of a file (made if there is none), of a block device, or of a
+	// directory (a file NAME.cow is made there); "": the state directory.
 	Store string `json:"store,omitempty"`
+	// Persistent makes a store in the kernel's format, which the daemon opens again when it is started anew.
+	Persistent bool `json:"persistent,omitempty"`
+	// Reopen opens a persistent store as it is, cowherd's or the kernel's, whose origin must not have changed since.
+	Reopen bool `json:"reopen,omitempty"`
+	// Overwrite lets a persistent store take the place of whatever a file or block device holds.
+	Overwrite bool `json:"overwrite,omitempty"`
 	// MaxCOWBytes is the most that the store may take; 0: as much as the origin can need.
-	MaxCOWBytes           int64 `json:"max_cow_bytes,omitempty"`
+	MaxCOWBytes int64 `json:"max_cow_bytes,omitempty"`
+	// OnFull is what happens when the store is full; "": OnFullInvalidate.
+	OnFull string `json:"on_full,omitempty"`
+	// StallMaxMicroseconds is how long OnFullThrottle lets a write wait; 0: 30 s.
+	StallMaxMicroseconds int64 `json:"stall_max_us,omitempty"`
+	// WarnAt are shares of the store in percent, each of which gives an event when it is taken. nil: 80, if the store is
+	// smaller than what the origin can need; empty: none.
+	WarnAt                []int `json:"warn_at,omitzero"`
 	ReadOnly              bool  `json:"read_only,omitempty"`
 	DiscardZeroesCOW      bool  `json:"discard_zeroes_cow,omitempty"`
 	DiscardPassdownOrigin bool  `json:"discard_passdown_origin,omitempty"`
+}
+
+// ResizeRequest asks for another size of a snapshot's store.
+type ResizeRequest struct {
+	// SizeBytes is what the store may take from now on, more than before. A file grows; a block device must be that
+	// large already.
+	SizeBytes int64 `json:"size_bytes"`
+}
+
+// MergeRequest asks for a merge to run or to stop.
+type MergeRequest struct {
+	Running bool `json:"running"`
 }
 
 // SnapshotTaken is the answer to a SnapshotRequest.
@@ -79,7 +120,12 @@ type Device struct {
 	Snapshots []string `json:"snapshots,omitempty"`
 	// Snapshot is nil for an origin.
 	Snapshot *Snapshot `json:"snapshot,omitempty"`
-	Users    []User    `json:"users"`
+	// Lost is why the device is remembered but not there; empty while it is.
+	Lost string `json:"lost,omitempty"`
+	// Target and TargetStatus are what the device mapper's status would show of it, without the range.
+	Target       string `json:"target,omitempty"`
+	TargetStatus string `json:"target_status,omitempty"`
+	Users        []User `json:"users"`
 	// URIs are where the device is exported, one for each listening address.
 	URIs []string `json:"uris,omitempty"`
 }
@@ -88,13 +134,19 @@ type Device struct {
 type Snapshot struct {
 	Origin     string `json:"origin"`
 	Store      string `json:"store"`
+	Persistent bool   `json:"persistent"`
+	OnFull     string `json:"on_full"`
 	ChunkBytes int64  `json:"chunk_bytes"`
 	// AllocatedBytes of TotalBytes are taken in the store.
 	AllocatedBytes int64 `json:"allocated_bytes"`
 	TotalBytes     int64 `json:"total_bytes"`
 	MetadataBytes  int64 `json:"metadata_bytes"`
 	// Invalid is why the snapshot has lost the frozen view; empty while it is valid.
-	Invalid           string `json:"invalid,omitempty"`
+	Invalid string `json:"invalid,omitempty"`
+	// Overflowed: the store is full, and writes to the snapshot fail.
+	Overflowed bool `json:"overflowed,omitempty"`
+	// StalledRequests are waiting for room in the store.
+	StalledRequests   int    `json:"stalled_requests,omitempty"`
 	CopiedChunks      uint64 `json:"copied_chunks"`      // from the origin
 	OverwrittenChunks uint64 `json:"overwritten_chunks"` // filled by writes to the snapshot, without a copy
 	PendingExceptions int    `json:"pending_exceptions"`
@@ -103,7 +155,19 @@ type Snapshot struct {
 	DiscardZeroesCOW      bool `json:"discard_zeroes_cow,omitempty"`
 	DiscardPassdownOrigin bool `json:"discard_passdown_origin,omitempty"`
 
+	// Merge is nil unless the snapshot is being merged.
+	Merge *Merge `json:"merge,omitempty"`
+
 	Kcopyd Kcopyd `json:"kcopyd"`
+}
+
+// Merge is how far a merge has come.
+type Merge struct {
+	Running      bool   `json:"running"`
+	MergedChunks uint64 `json:"merged_chunks"`
+	TotalChunks  uint64 `json:"total_chunks"`
+	// Failed is why it cannot go on; empty: it can.
+	Failed string `json:"failed,omitempty"`
 }
 
 // User is a client's connection to a device.
@@ -159,8 +223,19 @@ const (
 	EventSnapshotTaken      = "snapshot-taken"
 	EventSnapshotRemoved    = "snapshot-removed"
 	EventSnapshotInvalid    = "snapshot-invalid"
+	EventSnapshotReopened   = "snapshot-reopened" // after a start of the daemon
+	EventSnapshotSpace      = "snapshot-space"    // a share of the store is taken; see Event.Percent
+	EventSnapshotOverflow   = "snapshot-overflow" // writes to the snapshot fail from now on
+	EventSnapshotResized    = "snapshot-resized"
+	EventMergeStarted       = "merge-started"
+	EventMergeStopped       = "merge-stopped"
+	EventMergeFinished      = "merge-finished"
+	EventMergeFailed        = "merge-failed"
 	EventClientConnected    = "client-connected"
 	EventClientDisconnected = "client-disconnected"
+	// EventDeviceLost and EventSnapshotLost tell at a start of the daemon of what is not there any more.
+	EventDeviceLost   = "device-lost"
+	EventSnapshotLost = "snapshot-lost"
 	// EventMissed stands for events that are no longer kept: the reader was too slow, or came too late. Its Seq is
 	// that of the last one missed.
 	EventMissed = "events-missed"
@@ -173,6 +248,10 @@ type Event struct {
 	Type   string    `json:"type"`
 	Name   string    `json:"name,omitempty"`   // of the device
 	Client string    `json:"client,omitempty"` // client-connected and client-disconnected
-	Cause  string    `json:"cause,omitempty"`  // snapshot-invalid; device-detached and snapshot-removed after an error
-	Missed uint64    `json:"missed,omitempty"` // events-missed: how many
+	// Cause is why: of what was lost, became invalid or failed; of device-detached and snapshot-removed after an error.
+	Cause   string `json:"cause,omitempty"`
+	Percent int    `json:"percent,omitempty"` // snapshot-space: of the store
+	Missed  uint64 `json:"missed,omitempty"`  // events-missed: how many
+	// Persistent: what was lost should have been there.
+	Persistent bool `json:"persistent,omitempty"`
 }

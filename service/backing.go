@@ -161,32 +161,6 @@ func invalid(err error) error {
 	return &api.Error{Message: err.Error(), Errno: syscall.EINVAL}
 }
 
-// openCOW opens the COW device of the snapshot name for r, with room for length bytes where it can choose.
-func (d *Daemon) openCOW(r api.SnapshotRequest, length int64) (*backing, error) {
-	made, err := d.openStore(r, length)
-	if err != nil {
-		return nil, fmt.Errorf("COW space %q: %w", r.Store, err)
-	}
-	return made, nil
-}
-
-func (d *Daemon) openStore(r api.SnapshotRequest, length int64) (*backing, error) {
-	switch r.Store {
-	case "", storeTemp:
-		return openTemp(d.state.path, length, r.ChunkBytes)
-	case storeMem:
-		made, err := mem.New(mem.Config{Size: length})
-		if err != nil {
-			return nil, err
-		}
-		return &backing{leaf: made}, nil
-	}
-	if info, err := os.Stat(r.Store); err == nil && info.IsDir() && filepath.IsAbs(r.Store) {
-		return openTemp(r.Store, length, r.ChunkBytes)
-	}
-	return d.openFile(r.Name, r.Store, file.Options{})
-}
-
 // stripesMax bounds the files that a COW space is spread over.
 const stripesMax = 8
 

@@ -92,6 +92,13 @@ func (c *control) handler(streaming context.Context) http.Handler {
 		}
 		return nil, d.RemoveSnapshot(r.Context(), r.PathValue("name"), force)
 	})
+	handle("PUT "+api.Prefix+"/snapshots/{name}/size", func(w http.ResponseWriter, r *http.Request) (any, error) {
+		var body api.ResizeRequest
+		if err := api.ReadJSON(w, r, &body); err != nil {
+			return nil, err
+		}
+		return d.ResizeSnapshot(r.Context(), r.PathValue("name"), body.SizeBytes)
+	})
 	mux.HandleFunc("GET "+api.Prefix+"/events", func(w http.ResponseWriter, r *http.Request) {
 		if err := c.serveEvents(w, r, streaming); err != nil {
 			c.fail(w, r, err)

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"cowherd/api"
+	"cowherd/block"
 	"cowherd/export/nbd"
 )
 
@@ -67,8 +68,8 @@ func (c Config) withDefaults() Config {
 	return c
 }
 
-// Daemon is devices with names, their snapshots, and who serves them. Make it with New, attach devices, let clients in
-// by Serve and end it by Stop. All methods are safe for concurrent use.
+// Daemon is devices with names, their snapshots, and who serves them. Make it with New, bring back by Restore what an
+// earlier one has left, let clients in by Serve and end it by Stop. All methods are safe for concurrent use.
 type Daemon struct {
 	config  Config
 	log     *slog.Logger
@@ -79,6 +80,7 @@ type Daemon struct {
 
 	// What New opens.
 	state   *stateDir
+	saved   *stateFile
 	nbd     []net.Listener
 	exports *exports
 	socket  *unixListener // the control socket; nil: there is none
@@ -104,6 +106,9 @@ func (d *Daemon) open() (err error) {
 		return api.Errorf(syscall.EINVAL, "engine %q: %s or %s is wanted", e, EngineScaled, EngineSerialised)
 	}
 	if d.state, err = openStateDir(d.config.StateDir); err != nil {
+		return err
+	}
+	if d.saved, err = openStateFile(d.state.path); err != nil {
 		return err
 	}
 	for _, address := range d.config.NBD {
@@ -178,9 +183,9 @@ func (d *Daemon) Serve() {
 }
 
 // Stop ends the daemon: nobody is let in any more, requests that have arrived are answered, clients are disconnected,
-// snapshots are dropped, devices are flushed and closed, sockets are removed. Half of the time until ctx ends is for
-// clients to end, so that one that hangs takes nothing from the rest. An error says what was not ended well. Stop is
-// called once.
+// devices are flushed and closed, sockets are removed. What there was stays in the state file, for Restore. Half of the
+// time until ctx ends is for clients to end, so that one that hangs takes nothing from the rest. An error says what was
+// not ended well. Stop is called once.
 func (d *Daemon) Stop(ctx context.Context) error {
 	d.names.close()
 	err := d.stopServing(ctx)
@@ -215,7 +220,7 @@ func (d *Daemon) stopServing(ctx context.Context) error {
 	return errors.Join(err, controlErr)
 }
 
-// releaseAll drops all snapshots and detaches all origins, each origin by itself.
+// releaseAll closes all origins with their snapshots, each origin by itself.
 func (d *Daemon) releaseAll(ctx context.Context) error {
 	origins := d.names.all()
 	errs := make([]error, len(origins))
@@ -227,6 +232,8 @@ func (d *Daemon) releaseAll(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+// releaseOrigin closes an origin and its snapshots as they are: they stay in the state file. The origin comes first,
+// so that no snapshot ever misses a write to it.
 func (d *Daemon) releaseOrigin(ctx context.Context, o *origin) error {
 	if err := o.lock(ctx); errors.Is(err, syscall.ENOENT) {
 		return nil
@@ -234,16 +241,54 @@ func (d *Daemon) releaseOrigin(ctx context.Context, o *origin) error {
 		return err
 	}
 	defer o.unlock()
+	if err := d.closeEntry(ctx, &o.entry); err != nil {
+		return fmt.Errorf("detach %q: %w", o.name, err)
+	}
 	var errs []error
 	for _, s := range o.allSnaps() {
-		if err := d.remove(ctx, o, s.name, true); err != nil {
-			errs = append(errs, fmt.Errorf("remove %q: %w", s.name, err))
+		if err := d.releaseSnap(ctx, s); err != nil {
+			errs = append(errs, fmt.Errorf("close %q: %w", s.name, err))
 		}
 	}
-	if err := d.detach(ctx, o, true); err != nil {
+	lost := o.flush()
+	if len(o.allSnaps()) > 0 { // what hangs there may be a read of the device
+		return errors.Join(append(errs, lost)...)
+	}
+	if err := d.finishDetach(o, lost); err != nil {
 		errs = append(errs, fmt.Errorf("detach %q: %w", o.name, err))
 	}
 	return errors.Join(errs...)
+}
+
+// releaseSnap closes a snapshot whose origin is closed.
+func (d *Daemon) releaseSnap(ctx context.Context, s *snap) error {
+	if err := d.closeEntry(ctx, &s.entry); err != nil {
+		return err
+	}
+	var err error
+	if s.store != nil {
+		err = block.Flush(s.cow)
+	}
+	err = errors.Join(err, s.close())
+	d.endSnap(s)
+	if s.store == nil {
+		d.bus.publish(api.Event{Type: api.EventSnapshotRemoved, Name: s.name, Cause: causeOf(err)})
+	}
+	return err
+}
+
+// closeEntry ends the users of e and closes its device. If it fails e is live as before.
+func (d *Daemon) closeEntry(ctx context.Context, e *entry) error {
+	ctx, cancel := context.WithTimeout(ctx, d.config.SuspendTimeout)
+	defer cancel()
+	if err := d.shut(ctx, e, true); err != nil {
+		return err
+	}
+	if err := e.device.Close(ctx); err != nil {
+		e.reopen()
+		return err
+	}
+	return nil
 }
 
 // logEvents writes the events to the log.
@@ -275,6 +320,11 @@ func (d *Daemon) logEvent(e *api.Event) {
 	case e.Type == api.EventMissed:
 		level = slog.LevelWarn
 		attrs = append(attrs, slog.Uint64("missed", e.Missed))
+	case e.Persistent && (e.Type == api.EventDeviceLost || e.Type == api.EventSnapshotLost):
+		level = slog.LevelError
+	case e.Type == api.EventSnapshotSpace:
+		level = slog.LevelWarn
+		attrs = append(attrs, slog.Int("percent", e.Percent))
 	case e.Cause != "":
 		level = slog.LevelWarn
 	case e.Client != "":

@@ -456,7 +456,7 @@ func TestStop(t *testing.T) {
 			t.Error(err)
 		}
 		for _, e := range entries {
-			if e.Name() != "lock" {
+			if e.Name() != "lock" && e.Name() != stateName {
 				t.Errorf("the daemon has left %s", e.Name())
 			}
 		}

@@ -40,15 +40,86 @@ func startDaemon(t testing.TB, c Config) *Daemon {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if err := d.Restore(nil); err != nil {
+		t.Fatal(err)
+	}
 	d.Serve()
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-		defer cancel()
-		if err := d.Stop(ctx); err != nil {
-			t.Errorf("stop: %v", err)
-		}
-	})
+	t.Cleanup(func() { stopDaemon(t, d) })
 	return d
+}
+
+// stopDaemon ends a daemon, unless it has ended.
+func stopDaemon(t testing.TB, d *Daemon) {
+	t.Helper()
+	if d.bus.isClosed() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	if err := d.Stop(ctx); err != nil {
+		t.Errorf("stop: %v", err)
+	}
+}
+
+// isClosed tells whether the daemon has ended.
+func (b *bus) isClosed() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.closed
+}
+
+// changeState changes what a daemon that has ended remembers: as one that died in the middle of something would.
+func changeState(t testing.TB, c Config, what func(*content)) {
+	t.Helper()
+	f, err := openStateFile(c.StateDir)
+	if err == nil {
+		err = f.change(what)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// put writes one block of a device through NBD.
+func put(t testing.TB, d *Daemon, name string, blockNumber int64, data []byte) {
+	t.Helper()
+	c := mustDialNBD(t, d, name)
+	c.write(t, blockNumber*4096, data)
+	c.bye(t)
+}
+
+// get reads a device through NBD.
+func get(t testing.TB, d *Daemon, name string, length int) []byte {
+	t.Helper()
+	c := mustDialNBD(t, d, name)
+	defer c.bye(t)
+	return c.read(t, 0, length)
+}
+
+// wantState checks the state of a device, and gives it.
+func wantState(t testing.TB, d *Daemon, name, state string) api.Device {
+	t.Helper()
+	x, err := d.Device(name)
+	if err != nil || x.State != state {
+		t.Errorf("%s: %+v, %v; want state %s", name, x, err, state)
+	}
+	return x
+}
+
+// wantGone checks that there is no device of a name.
+func wantGone(t testing.TB, d *Daemon, name string) {
+	t.Helper()
+	if x, err := d.Device(name); !errors.Is(err, syscall.ENOENT) {
+		t.Errorf("%s is there: %+v, %v", name, x, err)
+	}
+}
+
+// wantFile checks whether a file is there.
+func wantFile(t testing.TB, path string, there bool) {
+	t.Helper()
+	if _, err := os.Stat(path); (err == nil) != there {
+		t.Errorf("%s: %v, want it to be there: %v", path, err, there)
+	}
 }
 
 // image makes a file of size bytes of which block number i of 4 KiB is filled with byte(i+1).

@@ -82,32 +82,84 @@ func (o *origin) allSnaps() []*snap {
 	return slices.SortedFunc(maps.Values(o.snaps), func(a, b *snap) int { return strings.Compare(a.name, b.name) })
 }
 
-// Attach opens a device and makes it live under a name.
+// Attach opens a device and makes it live under a name. The name of a device that was lost takes the same device only,
+// which then comes back with its snapshots.
 func (d *Daemon) Attach(r api.AttachRequest) (api.Device, error) {
 	if err := checkName("device", r.Name); err != nil {
 		return api.Device{}, err
 	}
-	o := newOrigin(r, d.bus)
-	if err := d.names.add(o); err != nil {
-		return api.Device{}, fmt.Errorf("attach %q: %w", r.Name, err)
-	}
-	defer o.unlock()
-	made, err := d.openDevice(r.Name, r)
+	o, err := d.attach(savedDevice{Request: r, Since: time.Now().UTC()})
 	if err != nil {
-		o.set(gone)
-		d.names.remove(o)
 		return api.Device{}, fmt.Errorf("attach %q: %w", r.Name, err)
 	}
-	o.backing = made
-	o.target = snapshot.NewOrigin(made.leaf) // not made, which has none of the leaf's optional powers
-	o.device = dm.NewDevice(r.Name, o.target, r.ReadOnly)
-	o.bus.publish(api.Event{Type: api.EventDeviceAttached, Name: o.name})
-	o.set(live)
 	return d.describeOrigin(o), nil
 }
 
+// attach does it for what may have been remembered before.
+func (d *Daemon) attach(saved savedDevice) (*origin, error) {
+	o := newOrigin(saved.Request, d.bus)
+	if err := d.names.add(o); err != nil {
+		return nil, err
+	}
+	defer o.unlock()
+	err := d.recall(&saved)
+	if err == nil {
+		err = d.openOrigin(o, &saved)
+	}
+	if err != nil {
+		o.set(gone)
+		d.names.remove(o)
+		return nil, err
+	}
+	for _, s := range o.allSnaps() {
+		s.set(live)
+	}
+	o.set(live)
+	return o, nil
+}
+
+// recall adds what the state file knows of a device that is to be attached. EEXIST: it knows another one of this name.
+func (d *Daemon) recall(saved *savedDevice) error {
+	known := d.saved.now().device(saved.Request.Name)
+	if known == nil {
+		return nil
+	}
+	if known.Request.Device != saved.Request.Device {
+		return api.Errorf(syscall.EEXIST, "the name is that of %s, which is lost: detach it to forget it", known.Request.Device)
+	}
+	saved.Since, saved.Snapshots = known.Since, slices.Clone(known.Snapshots)
+	return nil
+}
+
+// openOrigin opens an origin's device and brings back its snapshots, before anybody can write it. What has become of
+// them is durable when it returns.
+func (d *Daemon) openOrigin(o *origin, saved *savedDevice) error {
+	made, err := d.openDevice(o.name, o.request)
+	if err != nil {
+		return err
+	}
+	o.backing, o.since = made, saved.Since
+	o.target = snapshot.NewOrigin(made.leaf) // not made, which has none of the leaf's optional powers
+	saved.Lost = ""
+	events := d.restoreSnaps(o, saved)
+	o.device = dm.NewDevice(o.name, o.target, o.request.ReadOnly)
+	if err := d.saved.change(func(c *content) { c.put(*saved) }); err != nil {
+		for _, s := range o.allSnaps() {
+			err = errors.Join(err, s.close())
+			d.endSnap(s)
+		}
+		return errors.Join(err, made.close())
+	}
+	o.bus.publish(api.Event{Type: api.EventDeviceAttached, Name: o.name})
+	for _, e := range events {
+		o.bus.publish(e)
+	}
+	return nil
+}
+
 // Detach flushes an origin that has no snapshots and no users, and lets go of its device. When flushing or closing
-// fails the error says so, and the device is let go of all the same; all other errors change nothing.
+// fails the error says so, and the device is let go of all the same; all other errors change nothing. A device that was
+// lost is forgotten with its snapshots.
 func (d *Daemon) Detach(ctx context.Context, name string) error {
 	if strings.Contains(name, "@") {
 		return api.Errorf(syscall.EINVAL, "detach %q: it is a snapshot: remove it", name)
@@ -115,7 +167,9 @@ func (d *Daemon) Detach(ctx context.Context, name string) error {
 	o, err := d.lockOrigin(ctx, name)
 	if err == nil {
 		defer o.unlock()
-		err = d.detach(ctx, o, false)
+		err = d.detach(ctx, o)
+	} else if d.lostDevice(name) != nil {
+		err = d.forgetDevice(name)
 	}
 	if err != nil {
 		return fmt.Errorf("detach %q: %w", name, err)
@@ -124,24 +178,35 @@ func (d *Daemon) Detach(ctx context.Context, name string) error {
 }
 
 // detach does it for an origin whose operations are the caller's.
-func (d *Daemon) detach(ctx context.Context, o *origin, force bool) error {
-	if snaps := o.allSnaps(); len(snaps) > 0 {
-		return api.Errorf(syscall.EBUSY, "%s has snapshots: %s", o.name, joinNames(snaps))
+func (d *Daemon) detach(ctx context.Context, o *origin) error {
+	if names := d.snapshotNames(o); len(names) > 0 {
+		return api.Errorf(syscall.EBUSY, "%s has snapshots: %s", o.name, strings.Join(names, ", "))
 	}
 	ctx, cancel := context.WithTimeout(ctx, d.config.SuspendTimeout)
 	defer cancel()
-	if err := d.shut(ctx, &o.entry, force); err != nil {
+	if err := d.shut(ctx, &o.entry, false); err != nil {
 		return err
 	}
 	if err := o.device.Close(ctx); err != nil {
 		o.reopen()
 		return err
 	}
-	var lost error
+	lost := o.flush()
+	forgotten := d.saved.change(func(c *content) { c.forget(o.name) })
+	return d.finishDetach(o, errors.Join(lost, forgotten))
+}
+
+// flush makes durable what was written to an origin whose mapped device is closed.
+func (o *origin) flush() error {
 	if err := block.Flush(o.backing); err != nil {
-		lost = fmt.Errorf("the device is detached, but what was written last may be lost: %w", err)
+		return fmt.Errorf("the device is detached, but what was written last may be lost: %w", err)
 	}
-	err := errors.Join(lost, o.backing.close())
+	return nil
+}
+
+// finishDetach lets go of an origin that nobody uses any more. err is what went wrong so far.
+func (d *Daemon) finishDetach(o *origin, err error) error {
+	err = errors.Join(err, o.backing.close())
 	o.set(gone)
 	o.bus.publish(api.Event{Type: api.EventDeviceDetached, Name: o.name, Cause: causeOf(err)})
 	d.names.remove(o) // last: who attaches another device of this name does so behind the event
@@ -183,13 +248,21 @@ func waitFor(ctx context.Context, c <-chan struct{}, atMost time.Duration) bool 
 	}
 }
 
-// joinNames is the names for a message.
-func joinNames(snaps []*snap) string {
-	names := make([]string, len(snaps))
-	for i, s := range snaps {
-		names[i] = s.name
+// snapshotNames are the snapshots of an origin, those that are lost included, by name.
+func (d *Daemon) snapshotNames(o *origin) []string {
+	var names []string
+	for _, s := range o.allSnaps() {
+		names = append(names, s.name)
 	}
-	return strings.Join(names, ", ")
+	if saved := d.saved.now().device(o.name); saved != nil {
+		for i := range saved.Snapshots {
+			if s := &saved.Snapshots[i]; s.Phase == phaseLost {
+				names = append(names, s.Request.Name+" (lost)")
+			}
+		}
+	}
+	slices.Sort(names)
+	return names
 }
 
 // causeOf is err's message for an event.

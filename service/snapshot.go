@@ -19,6 +19,9 @@ import (
 // chunkDefault is the chunk size in bytes where none is given.
 const chunkDefault = 4 << 10
 
+// stallDefault is how long a write waits for room where no time is given.
+const stallDefault = 30 * time.Second
+
 // Stores of a SnapshotRequest that are not paths.
 const (
 	storeTemp = "temp"
@@ -31,6 +34,8 @@ type snap struct {
 	origin  *origin
 	request api.SnapshotRequest
 	cow     *backing
+	store   *cowstore.Persistent // nil: it is transient
+	made    bool                 // the store is a file that the daemon made
 	engine  kcopyd.Engine
 	target  *snapshot.Snapshot
 }
@@ -41,11 +46,8 @@ func (d *Daemon) TakeSnapshot(ctx context.Context, r api.SnapshotRequest) (api.S
 	if err != nil {
 		return api.SnapshotTaken{}, err
 	}
-	if r.ChunkBytes == 0 {
-		r.ChunkBytes = chunkDefault
-	}
-	if r.Store == "" {
-		r.Store = storeTemp
+	if err := d.normalize(&r); err != nil {
+		return api.SnapshotTaken{}, fmt.Errorf("snapshot %q: %w", r.Name, err)
 	}
 	o, err := d.lockOrigin(ctx, name)
 	if err == nil {
@@ -58,10 +60,65 @@ func (d *Daemon) TakeSnapshot(ctx context.Context, r api.SnapshotRequest) (api.S
 	return api.SnapshotTaken{}, fmt.Errorf("snapshot %q: %w", r.Name, err)
 }
 
+// normalize fills in what a request leaves open, and refuses what contradicts itself.
+func (d *Daemon) normalize(r *api.SnapshotRequest) error {
+	r.Persistent = r.Persistent || r.Reopen
+	if r.ChunkBytes == 0 && !r.Reopen {
+		r.ChunkBytes = chunkDefault
+	}
+	if r.OnFull == "" {
+		r.OnFull = api.OnFullInvalidate
+	}
+	if _, err := onFull(r.OnFull); err != nil {
+		return err
+	}
+	if r.StallMaxMicroseconds == 0 {
+		r.StallMaxMicroseconds = stallDefault.Microseconds()
+	}
+	if most := math.MaxInt64 / int64(time.Microsecond); r.StallMaxMicroseconds < 0 || r.StallMaxMicroseconds > most {
+		return api.Errorf(syscall.EINVAL, "a wait of at most %d microseconds is not between 1 and %d", r.StallMaxMicroseconds,
+			most)
+	}
+	for _, percent := range r.WarnAt {
+		if percent < 1 || percent > 100 {
+			return api.Errorf(syscall.EINVAL, "a warning at %d%%: a share of the store from 1%% to 100%% is wanted", percent)
+		}
+	}
+	if r.Persistent {
+		return d.normalizeStore(r)
+	}
+	if r.Overwrite {
+		return api.Errorf(syscall.EINVAL, "overwriting is for persistent stores: what others are on is lost anyway")
+	}
+	if r.Store == "" {
+		r.Store = storeTemp
+	}
+	return nil
+}
+
+// onFull is what a word of SnapshotRequest.OnFull stands for.
+func onFull(word string) (snapshot.OnFull, error) {
+	switch word {
+	case api.OnFullInvalidate:
+		return snapshot.FullInvalidate, nil
+	case api.OnFullGrow:
+		return snapshot.FullGrow, nil
+	case api.OnFullThrottle:
+		return snapshot.FullThrottle, nil
+	case api.OnFullOverflow:
+		return snapshot.FullOverflow, nil
+	}
+	return 0, api.Errorf(syscall.EINVAL, "a full store: %q is not one of %s, %s, %s, %s", word, api.OnFullInvalidate,
+		api.OnFullGrow, api.OnFullThrottle, api.OnFullOverflow)
+}
+
 // take does it for an origin whose operations are the caller's.
 func (d *Daemon) take(ctx context.Context, o *origin, r api.SnapshotRequest) (api.SnapshotTaken, error) {
 	if o.snap(r.Name) != nil {
 		return api.SnapshotTaken{}, api.Errorf(syscall.EEXIST, "there is a snapshot of this name already")
+	}
+	if d.saved.now().snapshot(r.Name) != nil {
+		return api.SnapshotTaken{}, api.Errorf(syscall.EEXIST, "there is a snapshot of this name, which is lost: remove it first")
 	}
 	if err := d.names.reserve(); err != nil {
 		return api.SnapshotTaken{}, err
@@ -71,23 +128,46 @@ func (d *Daemon) take(ctx context.Context, o *origin, r api.SnapshotRequest) (ap
 		d.names.unreserve()
 		return api.SnapshotTaken{}, err
 	}
-	stall, err := d.change(ctx, o, func() error {
-		if err := o.target.Add(s.target); err != nil {
-			return err
-		}
-		// Before the origin goes on: what becomes of the snapshot then comes after this event.
-		o.bus.publish(api.Event{Type: api.EventSnapshotTaken, Name: s.name})
-		return nil
-	})
+	stall, err := d.add(ctx, s)
 	if err != nil {
 		d.names.unreserve()
-		return api.SnapshotTaken{}, errors.Join(err, s.close())
+		return api.SnapshotTaken{}, errors.Join(err, d.abandon(s))
 	}
 	o.snapsMu.Lock()
 	o.snaps[s.name] = s
 	o.snapsMu.Unlock()
 	s.set(live)
 	return api.SnapshotTaken{Device: d.describeSnap(s), StallMicroseconds: stall.Microseconds()}, nil
+}
+
+// add adds a new snapshot to its origin, and makes it durable that it is there. If it fails it is not.
+func (d *Daemon) add(ctx context.Context, s *snap) (stall time.Duration, err error) {
+	stall, err = d.change(ctx, s.origin, func() error {
+		if err := s.origin.target.Add(s.target); err != nil {
+			return err
+		}
+		// Before the origin goes on: what becomes of the snapshot then comes after this event.
+		d.bus.publish(api.Event{Type: api.EventSnapshotTaken, Name: s.name})
+		return nil
+	})
+	if err != nil || d.saved.now().snapshot(s.name).Phase == phaseKept {
+		return stall, err
+	}
+	if err := d.remember(s, phaseKept); err != nil {
+		dropped, undone := s.takeOut(ctx, d)
+		d.bus.publish(api.Event{Type: api.EventSnapshotRemoved, Name: s.name, Cause: causeOf(err)})
+		return 0, errors.Join(err, dropped, undone)
+	}
+	return stall, nil
+}
+
+// remember puts s into the state file, in some phase.
+func (d *Daemon) remember(s *snap, p phase) error {
+	return d.saved.change(func(c *content) {
+		c.putSnapshot(savedSnapshot{
+			Request: s.request, Since: s.since, Phase: p, OriginBytes: s.origin.target.Size(), Made: s.made,
+		})
+	})
 }
 
 // change runs what changes the origin's snapshots while the origin is suspended, and tells for how long it was.
@@ -104,49 +184,91 @@ func (d *Daemon) change(ctx context.Context, o *origin, what func() error) (stal
 	return stall, err
 }
 
-// makeSnap makes everything that a snapshot needs, but does not add it to its origin.
+// makeSnap makes everything that a snapshot needs and notes it in the state file, but does not add it to its origin. If
+// it fails nothing is left of it.
 func (d *Daemon) makeSnap(o *origin, r api.SnapshotRequest) (*snap, error) {
-	if err := cowstore.CheckNewChunkSize(r.ChunkBytes, o.target.Limits().LogicalBlock); err != nil {
-		return nil, invalid(err)
+	s := d.newSnap(o, r, time.Now().UTC())
+	open := d.openTransient
+	switch {
+	case r.Reopen:
+		open = d.reopenPersistent
+	case r.Persistent:
+		open = d.createPersistent
 	}
-	chunk := cowstore.ChunkSize(r.ChunkBytes)
-	length, err := cowLength(o.device.Size(), r.MaxCOWBytes, chunk)
+	store, err := open(s)
+	if err == nil {
+		err = s.build(d, store)
+	}
+	if err == nil && d.saved.now().snapshot(s.name) == nil {
+		err = d.remember(s, phaseKept)
+	}
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(invalid(err), d.abandon(s))
 	}
-	cow, err := d.openCOW(r, length)
-	if err != nil {
-		return nil, err
-	}
-	s := &snap{
-		entry:   entry{name: r.Name, bus: d.bus, since: time.Now().UTC()},
+	return s, nil
+}
+
+// newSnap begins a snapshot: its store is to be opened, then build follows.
+func (d *Daemon) newSnap(o *origin, r api.SnapshotRequest, since time.Time) *snap {
+	return &snap{
+		entry:   entry{name: r.Name, bus: d.bus, since: since},
 		origin:  o,
 		request: r,
-		cow:     cow,
 		engine:  d.newEngine(),
+	}
+}
+
+// build makes the target and the mapped device of a snapshot whose store is open.
+func (s *snap) build(d *Daemon, store snapshot.Store) error {
+	r := &s.request
+	full, err := onFull(r.OnFull)
+	if err != nil {
+		return err
 	}
 	s.target, err = snapshot.New(snapshot.Config{
 		Name:                  r.Name,
-		Origin:                o.target,
-		COW:                   cow.leaf,
-		Store:                 cowstore.NewTransient(cow.Size(), r.MaxCOWBytes, chunk),
-		ChunkSize:             chunk,
+		Origin:                s.origin.target,
+		COW:                   s.cow.leaf,
+		Store:                 store,
+		ChunkSize:             cowstore.ChunkSize(r.ChunkBytes),
 		Engine:                s.engine,
 		ReadOnly:              r.ReadOnly,
 		DiscardZeroesCOW:      r.DiscardZeroesCOW,
 		DiscardPassdownOrigin: r.DiscardPassdownOrigin,
+		OnFull:                full,
+		COWMax:                r.MaxCOWBytes,
+		StallMax:              time.Duration(r.StallMaxMicroseconds) * time.Microsecond,
+		WarnAt:                s.warnAt(store),
+		Warned: func(percent int) {
+			d.bus.publish(api.Event{Type: api.EventSnapshotSpace, Name: r.Name, Percent: percent})
+		},
+		Overflowed: func(cause error) {
+			d.bus.publish(api.Event{Type: api.EventSnapshotOverflow, Name: r.Name, Cause: cause.Error()})
+		},
 		Invalidated: func(cause error) {
 			d.bus.publish(api.Event{Type: api.EventSnapshotInvalid, Name: r.Name, Cause: cause.Error()})
 		},
 	})
-	if err == nil && cow.Size() < int64(chunk) {
-		err = api.Errorf(syscall.EINVAL, "COW device %s has %d bytes: not even one chunk", r.Store, cow.Size())
-	}
 	if err != nil {
-		return nil, errors.Join(invalid(err), s.close())
+		return err
 	}
 	s.device = dm.NewDevice(r.Name, s.target, r.ReadOnly)
-	return s, nil
+	return nil
+}
+
+// warnDefault is the share of a store in percent at which there is a warning where none was asked for.
+const warnDefault = 80
+
+// warnAt is when to warn: as asked for, or at warnDefault if the store can run full at all.
+func (s *snap) warnAt(store snapshot.Store) []int {
+	if s.request.WarnAt != nil {
+		return s.request.WarnAt
+	}
+	_, total, metadata := store.Usage()
+	if (total - min(total, metadata)).Bytes() >= s.origin.target.Size() {
+		return nil
+	}
+	return []int{warnDefault}
 }
 
 // cowLength is the COW space in bytes that a snapshot of an origin of the given size can need at most: a chunk for
@@ -175,21 +297,86 @@ func (d *Daemon) newEngine() kcopyd.Engine {
 	return kcopyd.NewScaled(c)
 }
 
-// close ends a snapshot that is in no origin. Once the engine is closed nothing touches the COW device any more.
+// close ends a snapshot that is in no origin. Once the engine is closed nothing is copied any more, and once the target
+// is nothing touches the COW device.
 func (s *snap) close() error {
-	return errors.Join(s.engine.Close(), s.cow.close())
+	err := s.engine.Close()
+	if s.target != nil {
+		err = errors.Join(err, s.target.Close())
+	}
+	if s.cow != nil {
+		err = errors.Join(err, s.cow.close())
+	}
+	return err
 }
 
-// RemoveSnapshot drops a snapshot with all that it has copied. EBUSY: it has users; force disconnects them.
+// abandon undoes a snapshot that is in no origin and that nobody has been told of. A store that was there before stays
+// as it is.
+func (d *Daemon) abandon(s *snap) error {
+	var err error
+	if s.store != nil && !s.request.Reopen {
+		err = s.store.Invalidate()
+	}
+	err = errors.Join(err, s.close())
+	if s.made {
+		err = errors.Join(err, removeFile(s.request.Store))
+	}
+	if d.saved.now().snapshot(s.name) == nil {
+		return err
+	}
+	return errors.Join(err, d.forgetSnapshot(s, err))
+}
+
+// ResizeSnapshot gives a snapshot's store another size in bytes: a file grows, a block device must have grown.
+func (d *Daemon) ResizeSnapshot(ctx context.Context, name string, bytes int64) (api.Device, error) {
+	origin, _, err := splitName(name)
+	if err != nil {
+		return api.Device{}, err
+	}
+	o, err := d.lockOrigin(ctx, origin)
+	if err == nil {
+		defer o.unlock()
+		var x api.Device
+		if x, err = d.resize(o, name, bytes); err == nil {
+			return x, nil
+		}
+	}
+	return api.Device{}, fmt.Errorf("resize %q: %w", name, err)
+}
+
+// resize does it for an origin whose operations are the caller's.
+func (d *Daemon) resize(o *origin, name string, bytes int64) (api.Device, error) {
+	s := o.snap(name)
+	if s == nil {
+		return api.Device{}, api.Errorf(syscall.ENOENT, "there is no such snapshot")
+	}
+	if err := s.target.Resize(bytes); err != nil {
+		return api.Device{}, err
+	}
+	if most := s.request.MaxCOWBytes; most > 0 && most < bytes {
+		if err := d.saved.change(func(c *content) { c.snapshot(name).Request.MaxCOWBytes = bytes }); err != nil {
+			return api.Device{}, err
+		}
+		s.request.MaxCOWBytes = bytes
+	}
+	d.bus.publish(api.Event{Type: api.EventSnapshotResized, Name: name})
+	return d.describeSnap(s), nil
+}
+
+// RemoveSnapshot drops a snapshot with all that it has copied. EBUSY: it has users; force disconnects them. One that is
+// lost is forgotten when its store has been made invalid, or with force in any case.
 func (d *Daemon) RemoveSnapshot(ctx context.Context, name string, force bool) error {
 	origin, _, err := splitName(name)
 	if err != nil {
 		return err
 	}
 	o, err := d.lockOrigin(ctx, origin)
-	if err == nil {
+	switch {
+	case err == nil:
 		defer o.unlock()
 		err = d.remove(ctx, o, name, force)
+	case d.lostDevice(origin) != nil:
+		err = d.onLost(origin, func() error { return d.removeLost(name, force) })
 	}
 	if err != nil {
 		return fmt.Errorf("remove %q: %w", name, err)
@@ -197,43 +384,88 @@ func (d *Daemon) RemoveSnapshot(ctx context.Context, name string, force bool) er
 	return nil
 }
 
-// remove does it for an origin whose operations are the caller's.
+// remove does it for an origin whose operations are the caller's. A crash at any moment leaves the snapshot as it was, or
+// one that the next daemon removes: the state file says that it is being removed before the origin goes on without it.
 func (d *Daemon) remove(ctx context.Context, o *origin, name string, force bool) error {
 	s := o.snap(name)
 	if s == nil {
-		return api.Errorf(syscall.ENOENT, "there is no such snapshot")
+		return d.removeLost(name, force)
 	}
 	ctx, cancel := context.WithTimeout(ctx, d.config.SuspendTimeout)
 	defer cancel()
 	if err := d.shut(ctx, &s.entry, force); err != nil {
 		return err
 	}
-	if err := s.takeOut(ctx, d); err != nil {
+	dropped, err := d.drop(ctx, s)
+	if err != nil {
 		s.reopen()
 		return err
 	}
-	s.set(gone)
-	o.snapsMu.Lock()
-	delete(o.snaps, name)
-	o.snapsMu.Unlock()
-	err := s.close()
-	d.names.unreserve()
-	o.bus.publish(api.Event{Type: api.EventSnapshotRemoved, Name: name, Cause: causeOf(err)})
+	return d.finishRemove(s, dropped)
+}
+
+// drop takes s out of its origin, and lets the state file say so of a persistent one before.
+func (d *Daemon) drop(ctx context.Context, s *snap) (dropped, err error) {
+	s.target.Unstall()
+	if s.store != nil {
+		if err := d.remember(s, phaseRemoving); err != nil {
+			return nil, err
+		}
+	}
+	if dropped, err = s.takeOut(ctx, d); err != nil && s.store != nil {
+		err = errors.Join(err, d.remember(s, phaseKept))
+	}
+	return dropped, err
+}
+
+// finishRemove ends a snapshot that is out of its origin. err is what went wrong so far: when the store may still be
+// valid the snapshot stays in the state file, as one that is lost.
+func (d *Daemon) finishRemove(s *snap, err error) error {
+	err = errors.Join(err, s.close())
+	if s.made {
+		err = errors.Join(err, removeFile(s.request.Store))
+	}
+	err = errors.Join(err, d.forgetSnapshot(s, err))
+	d.endSnap(s)
+	d.bus.publish(api.Event{Type: api.EventSnapshotRemoved, Name: s.name, Cause: causeOf(err)})
 	return err
 }
 
-// takeOut takes s out of its origin. If it fails s runs as before.
-func (s *snap) takeOut(ctx context.Context, d *Daemon) error {
+// forgetSnapshot takes a snapshot that is no more out of the state file, unless something is left to be done about its
+// store: err.
+func (d *Daemon) forgetSnapshot(s *snap, err error) error {
+	return d.saved.change(func(c *content) {
+		if known := c.snapshot(s.name); err != nil && s.store != nil && known != nil {
+			known.Phase, known.Lost = phaseRemoving, err.Error()
+			return
+		}
+		c.forgetSnapshot(s.name)
+	})
+}
+
+// endSnap gives the name of a closed snapshot up.
+func (d *Daemon) endSnap(s *snap) {
+	s.set(gone)
+	s.origin.snapsMu.Lock()
+	delete(s.origin.snaps, s.name)
+	s.origin.snapsMu.Unlock()
+	d.names.unreserve()
+}
+
+// takeOut takes s out of its origin and, before that goes on, makes its store invalid: dropped tells whether that has
+// failed. After an error s runs as before.
+func (s *snap) takeOut(ctx context.Context, d *Daemon) (dropped, err error) {
 	if err := s.device.Suspend(ctx); err != nil {
-		return err
+		return nil, err
 	}
-	_, err := d.change(ctx, s.origin, func() error {
+	_, err = d.change(ctx, s.origin, func() error {
 		s.origin.target.Remove(s.target)
+		dropped = s.target.Drop()
 		return nil
 	})
 	if err != nil {
 		s.device.Resume()
-		return err
+		return nil, err
 	}
-	return s.device.Close(ctx)
+	return dropped, s.device.Close(ctx)
 }

@@ -55,6 +55,9 @@ func eventLine(e *api.Event) string {
 	if e.Cause != "" {
 		line += "  " + e.Cause
 	}
+	if e.Percent > 0 {
+		line += fmt.Sprintf("  %d%%", e.Percent)
+	}
 	if e.Missed > 0 {
 		line += fmt.Sprintf("%d events are no longer kept", e.Missed)
 	}

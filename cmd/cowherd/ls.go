@@ -46,11 +46,14 @@ func (c *lsCmd) Run(s *session) error {
 	list.add("NAME", "SIZE", "KIND", "CHUNK", "COW", "STATE", "USERS")
 	for i := range devices {
 		d := &devices[i]
-		var chunk, cow string
-		if x := d.Snapshot; x != nil {
+		var length, chunk, cow string
+		if d.State != api.StateLost {
+			length = size.Human(d.SizeBytes)
+		}
+		if x := d.Snapshot; x != nil && d.State != api.StateLost {
 			chunk, cow = size.Human(x.ChunkBytes), share(x.AllocatedBytes, x.TotalBytes)
 		}
-		list.add(d.Name, size.Human(d.SizeBytes), d.Kind, chunk, cow, d.State, strconv.Itoa(len(d.Users)))
+		list.add(d.Name, length, d.Kind, chunk, cow, d.State, strconv.Itoa(len(d.Users)))
 	}
 	return list.write(s.stdout)
 }

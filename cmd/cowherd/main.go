@@ -33,6 +33,8 @@ type cli struct {
 	Detach     detachCmd     `cmd:"" help:"Flush a live device and let go of it."`
 	Snapshot   snapshotCmd   `cmd:"" help:"Freeze what a live device holds."`
 	Rm         rmCmd         `cmd:"" help:"Drop a snapshot."`
+	Resize     resizeCmd     `cmd:"" help:"Give a snapshot more room for copied chunks."`
+	Merge      mergeCmd      `cmd:"" help:"Roll a live device back to a snapshot."`
 	Ls         lsCmd         `cmd:"" help:"List devices and snapshots."`
 	Status     statusCmd     `cmd:"" help:"Show all that is known of devices and snapshots."`
 	Events     eventsCmd     `cmd:"" help:"Show what happens in the daemon."`

@@ -178,7 +178,7 @@ func TestCommands(t *testing.T) {
 	cowherd(t, "attach", "b", "none.img").want(t, exitError, "", "none.img: no such file")
 	cowherd(t, "snapshot", "vm@a", "--chunk", "64k", "--max-cow", "256KiB").want(t, exitOK, "vm@a: taken, vm waited for ", "")
 	cowherd(t, "snapshot", "vm@b", "--store", "disk.img").want(t, exitError, "", `in use by device "vm"`)
-	cowherd(t, "snapshot", "vm@b", "--chunk", "3k").want(t, exitError, "", "not a power of 2")
+	cowherd(t, "snapshot", "vm@b", "--chunk", "5k").want(t, exitError, "", "not a power of 2")
 	cowherd(t, "snapshot", "x@b").want(t, exitError, "", `snapshot "x@b": there is no device "x"`)
 	cowherd(t, "snapshot", "vm").want(t, exitError, "", "ORIGIN@SNAPSHOT")
 	list := "NAME   SIZE  KIND       CHUNK                    COW  STATE  USERS\n" +

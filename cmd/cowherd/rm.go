@@ -3,7 +3,7 @@ package main
 type rmCmd struct {
 	outputFlags
 	Name  string `arg:"" name:"name@snap" complete:"snapshot" help:"Name of the snapshot."`
-	Force bool   `help:"Disconnect the clients that use it."`
+	Force bool   `help:"Disconnect the clients that use it. Forget one that is lost although its store cannot be made invalid."`
 }
 
 func (rmCmd) Help() string {

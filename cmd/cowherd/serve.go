@@ -23,7 +23,7 @@ const stopTimeout = 30 * time.Second
 
 type serveCmd struct {
 	NBD    []string `name:"nbd" sep:"none" placeholder:"ADDRESS" help:"Serve exports on unix:PATH or tcp:HOST:PORT. May be repeated. Without it, and without sockets passed by a service manager: unix:nbd.sock beside the control socket."`
-	State  string   `placeholder:"DIR" complete:"file" help:"State directory: COW space without a name lies in its file system."`
+	State  string   `placeholder:"DIR" complete:"file" help:"State directory: what is attached is remembered there, and COW space without a name lies in its file system."`
 	Config string   `placeholder:"FILE" complete:"file" help:"Configuration file (TOML); flags win over what it says."`
 
 	TLSCertificates string `name:"tls-certificates" placeholder:"DIR" complete:"file" help:"Directory with server-cert.pem, server-key.pem, and to verify clients ca-cert.pem and ca-crl.pem."`
@@ -37,8 +37,9 @@ type serveCmd struct {
 }
 
 func (serveCmd) Help() string {
-	return `The daemon stays in the foreground. SIGTERM, SIGINT or SIGHUP end it: requests that have arrived are answered,
-snapshots are dropped, devices are flushed. A second signal ends it at once.
+	return `The daemon stays in the foreground. It brings back the devices and persistent snapshots that the state
+directory remembers. SIGTERM, SIGINT or SIGHUP end it: requests that have arrived are answered, devices are
+flushed. A second signal ends it at once.
 
 Examples:
 
@@ -69,11 +70,12 @@ func (c *serveCmd) Run(s *session) error {
 		return err
 	}
 	stop := func() error { return stopDaemon(s, d, signals, log) }
+	var devices []api.AttachRequest
 	for _, x := range set.Devices {
-		r := api.AttachRequest{Name: x.Name, Device: x.Path, ReadOnly: x.ReadOnly, Direct: x.Direct}
-		if _, err := d.Attach(r); err != nil {
-			return errors.Join(err, stop())
-		}
+		devices = append(devices, api.AttachRequest{Name: x.Name, Device: x.Path, ReadOnly: x.ReadOnly, Direct: x.Direct})
+	}
+	if err := d.Restore(devices); err != nil {
+		return errors.Join(err, stop())
 	}
 	d.Serve()
 	v := d.Version()

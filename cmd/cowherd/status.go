@@ -9,12 +9,14 @@ import (
 	"time"
 
 	"cowherd/api"
+	"cowherd/block"
 	"cowherd/internal/size"
 )
 
 type statusCmd struct {
 	outputFlags
 	Name string `arg:"" optional:"" complete:"any" help:"Name of a device or snapshot; all, and the daemon, if none is given."`
+	DM   bool   `name:"dm" help:"Print lines as \"dmsetup status\" does."`
 }
 
 func (statusCmd) Help() string {
@@ -23,6 +25,7 @@ func (statusCmd) Help() string {
     cowherd status
     cowherd status vm@nightly
     cowherd status vm@nightly --json | jq .snapshot.invalid
+    cowherd status --dm
 `
 }
 
@@ -38,6 +41,9 @@ func (c *statusCmd) Run(s *session) error {
 		return err
 	}
 	defer client.Close()
+	if c.DM {
+		return c.printDM(s, client)
+	}
 	if c.Name != "" {
 		d, err := client.Device(s, c.Name)
 		switch {
@@ -70,6 +76,42 @@ func (c *statusCmd) Run(s *session) error {
 		}
 	}
 	return nil
+}
+
+// printDM prints what the device mapper would of what is there. With a name the line does not begin with it, as that of
+// dmsetup does not.
+func (c *statusCmd) printDM(s *session, client *api.Client) error {
+	if c.JSON {
+		return usagef("--dm and --json contradict each other")
+	}
+	if c.Name != "" {
+		d, err := client.Device(s, c.Name)
+		if err == nil && d.State == api.StateLost {
+			err = fmt.Errorf("%s is lost: %s", c.Name, d.Lost)
+		}
+		if err != nil {
+			return err
+		}
+		_, err = fmt.Fprintln(s.stdout, dmLine(&d))
+		return err
+	}
+	devices, err := client.Devices(s)
+	if err != nil {
+		return err
+	}
+	for i := range devices {
+		if d := &devices[i]; d.State != api.StateLost {
+			if _, err := fmt.Fprintf(s.stdout, "%s: %s\n", d.Name, dmLine(d)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// dmLine is a line of "dmsetup status", which begins with the range of the target in sectors.
+func dmLine(d *api.Device) string {
+	return fmt.Sprintf("0 %d %s %s", block.SectorFloor(d.SizeBytes), d.Target, d.TargetStatus)
 }
 
 // sheet is a heading with named values below it.
@@ -106,7 +148,11 @@ func printDevice(w io.Writer, d *api.Device) error {
 	t := newSheet(d.Name)
 	t.put("kind", d.Kind)
 	t.put("state", d.State)
+	t.put("lost", d.Lost)
 	t.put("device", d.Device)
+	if d.State == api.StateLost {
+		return t.write(w)
+	}
 	t.put("size", exactSize(d.SizeBytes))
 	t.putf("logical block", "%d bytes", d.LogicalBlockBytes)
 	var options []string
@@ -139,7 +185,15 @@ func putSnapshot(t *sheet, x *api.Snapshot) {
 	t.put("invalid", x.Invalid)
 	t.put("chunk", size.Human(x.ChunkBytes))
 	t.put("store", x.Store)
+	t.put("kept", kept(x))
 	t.put("COW space", share(x.AllocatedBytes, x.TotalBytes))
+	t.put("when full", x.OnFull)
+	if x.StalledRequests > 0 {
+		t.putf("waiting", "%d requests, for room", x.StalledRequests)
+	}
+	if x.Merge != nil {
+		t.put("merge", mergeState(&api.Device{Snapshot: x}))
+	}
 	t.putf("chunks", "%d copied, %d overwritten, %d in flight", x.CopiedChunks, x.OverwrittenChunks, x.PendingExceptions)
 	t.put("table", exactSize(x.TableBytes))
 	k := &x.Kcopyd
@@ -147,6 +201,14 @@ func putSnapshot(t *sheet, x *api.Snapshot) {
 		k.JobsWaiting)
 	t.putf("kcopyd bytes", "%s read, %s written, buffers %s", size.Human(int64(k.ReadBytes)),
 		size.Human(int64(k.WrittenBytes)), share(k.BuffersBytes, k.BuffersMaxBytes))
+}
+
+// kept tells whether a snapshot survives the daemon.
+func kept(x *api.Snapshot) string {
+	if x.Persistent {
+		return "persistent"
+	}
+	return "transient"
 }
 
 // putUser adds a client and what it has asked for.
