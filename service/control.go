@@ -99,6 +99,13 @@ func (c *control) handler(streaming context.Context) http.Handler {
 		}
 		return d.ResizeSnapshot(r.Context(), r.PathValue("name"), body.SizeBytes)
 	})
+	handle("PUT "+api.Prefix+"/snapshots/{name}/merge", func(w http.ResponseWriter, r *http.Request) (any, error) {
+		var body api.MergeRequest
+		if err := api.ReadJSON(w, r, &body); err != nil {
+			return nil, err
+		}
+		return d.MergeSnapshot(r.Context(), r.PathValue("name"), body.Running)
+	})
 	mux.HandleFunc("GET "+api.Prefix+"/events", func(w http.ResponseWriter, r *http.Request) {
 		if err := c.serveEvents(w, r, streaming); err != nil {
 			c.fail(w, r, err)

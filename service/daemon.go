@@ -77,6 +77,9 @@ type Daemon struct {
 	bus     *bus
 	names   registry
 	logging sync.WaitGroup
+	tasks   sync.WaitGroup  // what is done without anybody waiting for it: ends of merges
+	ending  context.Context // ends when the daemon begins to stop
+	end     context.CancelFunc
 
 	// What New opens.
 	state   *stateDir
@@ -93,7 +96,9 @@ func New(c Config) (*Daemon, error) {
 	c = c.withDefaults()
 	d := &Daemon{config: c, log: c.Logger, started: time.Now().UTC(), bus: newBus(), nbd: c.Listeners}
 	d.names.origins, d.names.held = map[string]*origin{}, map[fileID]string{}
+	d.ending, d.end = context.WithCancel(context.Background())
 	if err := d.open(); err != nil {
+		d.end()
 		return nil, errors.Join(err, d.release())
 	}
 	d.logging.Go(d.logEvents)
@@ -188,6 +193,7 @@ func (d *Daemon) Serve() {
 // not ended well. Stop is called once.
 func (d *Daemon) Stop(ctx context.Context) error {
 	d.names.close()
+	d.end()
 	err := d.stopServing(ctx)
 	ended := make(chan error, 1)
 	go func() { ended <- d.releaseAll(ctx) }()
@@ -229,6 +235,7 @@ func (d *Daemon) releaseAll(ctx context.Context) error {
 		wait.Go(func() { errs[i] = d.releaseOrigin(ctx, o) })
 	}
 	wait.Wait()
+	d.tasks.Wait() // no merge runs any more that could begin one
 	return errors.Join(errs...)
 }
 
@@ -241,6 +248,9 @@ func (d *Daemon) releaseOrigin(ctx context.Context, o *origin) error {
 		return err
 	}
 	defer o.unlock()
+	if s := o.merging(); s != nil {
+		s.merge.Load().Stop() // the next daemon goes on with it
+	}
 	if err := d.closeEntry(ctx, &o.entry); err != nil {
 		return fmt.Errorf("detach %q: %w", o.name, err)
 	}
@@ -266,7 +276,11 @@ func (d *Daemon) releaseSnap(ctx context.Context, s *snap) error {
 		return err
 	}
 	var err error
-	if s.store != nil {
+	switch {
+	case s.merged.Load():
+		d.endSnap(s)
+		return nil
+	case s.store != nil:
 		err = block.Flush(s.cow)
 	}
 	err = errors.Join(err, s.close())

@@ -5,6 +5,9 @@
 //
 //	"vm"          backend (file, mem, null) -> snapshot.Origin -> dm.Device "vm"         -> NBD export "vm"
 //	"vm@nightly"  COW device -> cowstore.Transient -> snapshot.Snapshot -> dm.Device     -> NBD export "vm@nightly"
+//	"vm@stable"   COW device -> cowstore.Persistent -> ...
+//
+// While "vm@stable" is merged into "vm", both mapped devices have one snapshot.Merge in place of their targets.
 //
 // Each snapshot has a copy engine of its own, as the kernel has a kcopyd client for each: one COW device that hangs
 // does not take the buffers of the others, and closing the engine proves that nothing is copied any more.
@@ -20,6 +23,20 @@
 // It is dropped the other way round: nobody may use its export, then snapshot and origin are suspended, it is taken
 // out, and the origin is resumed before anything is closed. Whatever fails leaves things as they were: a suspend that
 // does not end in time (Config.SuspendTimeout) because requests in flight hang is undone and is the operation's error.
+//
+// # What outlives the daemon
+//
+// The state file (statefile.go) says what is attached and which snapshots there are. It is changed, durably, before an
+// operation is answered, and Restore brings back what it says. The one thing that must never happen, whenever the daemon
+// dies, is that a persistent store is opened again after its origin was written without it. Therefore
+//
+//   - a snapshot is taken:    state: taking; make the store; add it to the origin; state: kept; answer
+//   - it is removed:          state: removing; suspend; take it out; make the store invalid; resume; remove the file;
+//     state: forget
+//   - the daemon starts:      kept: open it before anybody can use the origin. It cannot be opened: state: lost, before
+//     the origin is used. Taking, removing, lost: make the store invalid, and do not open it
+//   - the daemon stops:       close the origin, then its snapshots; the state stays as it is
+//   - it is merged:           merge.go
 //
 // # States of a name
 //
@@ -41,11 +58,13 @@
 //	origin.operation    a semaphore held for a whole operation on an origin or one of its snapshots, device I/O
 //	                    included: waiting for it ends with the waiter's context, and what runs under it is bounded by
 //	                    SuspendTimeout, but for opening, flushing and closing files
+//	  stateFile.writing   a semaphore held while the state file is written
 //	  registry.mu       names, and files in use
 //	  origin.snapsMu    the origin's snapshots
 //	  entry.mu          state and users of a name
 //	    bus.mu          events
 //
 // The mutexes are held for moments, never across I/O. NBD connections take them, but never the semaphore; a snapshot's
-// Invalidated callback takes bus.mu only.
+// Invalidated callback takes bus.mu only. A merge that has finished is ended by a task of the daemon, which takes the
+// semaphore as any operation does.
 package service

@@ -115,6 +115,9 @@ func (d *Daemon) attach(saved savedDevice) (*origin, error) {
 		s.set(live)
 	}
 	o.set(live)
+	if s := o.merging(); s != nil && !d.saved.now().snapshot(s.name).Stopped {
+		d.startMerge(s)
+	}
 	return o, nil
 }
 
@@ -140,10 +143,13 @@ func (d *Daemon) openOrigin(o *origin, saved *savedDevice) error {
 	}
 	o.backing, o.since = made, saved.Since
 	o.target = snapshot.NewOrigin(made.leaf) // not made, which has none of the leaf's optional powers
-	saved.Lost = ""
-	events := d.restoreSnaps(o, saved)
 	o.device = dm.NewDevice(o.name, o.target, o.request.ReadOnly)
-	if err := d.saved.change(func(c *content) { c.put(*saved) }); err != nil {
+	saved.Lost = ""
+	events, err := d.restoreSnaps(o, saved)
+	if err == nil {
+		err = d.saved.change(func(c *content) { c.put(*saved) })
+	}
+	if err != nil {
 		for _, s := range o.allSnaps() {
 			err = errors.Join(err, s.close())
 			d.endSnap(s)

@@ -83,10 +83,16 @@ func isVolatile(device string) bool {
 }
 
 // restoreSnaps brings back the snapshots of an origin that nobody can write yet, and tells in saved what has become of
-// them. The events are for when that is durable.
-func (d *Daemon) restoreSnaps(o *origin, saved *savedDevice) (events []api.Event) {
+// them. The events are for when that is durable. An error means that the origin cannot be used: it is half merged.
+func (d *Daemon) restoreSnaps(o *origin, saved *savedDevice) (events []api.Event, err error) {
 	var left []savedSnapshot
 	for _, s := range saved.Snapshots {
+		if s.Phase == phaseMerging {
+			if err := d.restoreMerge(o, &s); err != nil {
+				return nil, fmt.Errorf("%s cannot be merged any further, and a part of what %s holds is in its store: %w",
+					s.Request.Name, o.name, err)
+			}
+		}
 		e, keep := d.restoreSnap(o, &s)
 		if keep {
 			left = append(left, s)
@@ -97,13 +103,27 @@ func (d *Daemon) restoreSnaps(o *origin, saved *savedDevice) (events []api.Event
 		}
 	}
 	saved.Snapshots = left
-	return events
+	return events, nil
+}
+
+// restoreMerge lets an origin show what it becomes by a merge that was not finished.
+func (d *Daemon) restoreMerge(o *origin, saved *savedSnapshot) error {
+	s, err := d.reopen(o, saved)
+	if err != nil {
+		return err
+	}
+	o.snapsMu.Lock()
+	o.snaps[s.name] = s
+	o.snapsMu.Unlock()
+	return d.changeBoth(d.ending, s, func() error { return d.showMerge(s) })
 }
 
 // restoreSnap does what a snapshot's phase asks for, and changes it to what it is then; keep tells whether it stays in
 // the state file.
 func (d *Daemon) restoreSnap(o *origin, saved *savedSnapshot) (e api.Event, keep bool) {
 	switch {
+	case saved.Phase == phaseMerging:
+		return api.Event{Type: api.EventSnapshotReopened}, true // it is there already
 	case !saved.Request.Persistent:
 		return api.Event{Type: api.EventSnapshotLost, Cause: "it was transient: it ended with the daemon"}, false
 	case saved.Phase == phaseTaking || saved.Phase == phaseRemoving:
@@ -118,6 +138,9 @@ func (d *Daemon) restoreSnap(o *origin, saved *savedSnapshot) (e api.Event, keep
 		return api.Event{Type: api.EventSnapshotLost, Cause: saved.Lost, Persistent: true}, true
 	}
 	s, err := d.reopen(o, saved)
+	if err == nil {
+		err = o.target.Add(s.target) // it is this origin's, and so there is no error
+	}
 	if err != nil {
 		saved.Phase, saved.Lost = phaseLost, errors.Join(err, d.destroyStore(saved)).Error()
 		return api.Event{Type: api.EventSnapshotLost, Cause: saved.Lost, Persistent: true}, true
@@ -128,7 +151,7 @@ func (d *Daemon) restoreSnap(o *origin, saved *savedSnapshot) (e api.Event, keep
 	return api.Event{Type: api.EventSnapshotReopened, Cause: causeOf(s.target.Status().Invalid)}, true
 }
 
-// reopen opens a persistent snapshot again and adds it to its origin, which nobody uses yet.
+// reopen opens a persistent snapshot again, whose origin nobody uses yet.
 func (d *Daemon) reopen(o *origin, saved *savedSnapshot) (*snap, error) {
 	if now := o.target.Size(); now != saved.OriginBytes {
 		return nil, fmt.Errorf("its origin has %d bytes, and had %d when it was taken", now, saved.OriginBytes)
@@ -143,9 +166,6 @@ func (d *Daemon) reopen(o *origin, saved *savedSnapshot) (*snap, error) {
 		err = fmt.Errorf("store %s: %w", saved.Request.Store, err)
 	} else {
 		err = s.build(d, s.store)
-	}
-	if err == nil {
-		err = o.target.Add(s.target)
 	}
 	if err != nil {
 		d.names.unreserve()
@@ -193,7 +213,12 @@ func (d *Daemon) removeLost(name string, force bool) error {
 	if saved == nil {
 		return api.Errorf(syscall.ENOENT, "there is no such snapshot")
 	}
-	if saved.Request.Persistent {
+	switch {
+	case saved.Phase == phaseMerging && !force:
+		return api.Errorf(syscall.EBUSY, "it is half merged: its store %s holds a part of what its origin should",
+			saved.Request.Store)
+	case saved.Phase == phaseMerging: // the store is left as it is, for who may make something of it
+	case saved.Request.Persistent:
 		// Should the daemon die here, the next one must not open it.
 		err := d.saved.change(func(c *content) { c.snapshot(name).Phase = phaseRemoving })
 		if err == nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -38,6 +39,9 @@ type snap struct {
 	made    bool                 // the store is a file that the daemon made
 	engine  kcopyd.Engine
 	target  *snapshot.Snapshot
+
+	merge  atomic.Pointer[snapshot.Merge] // nil: it is not being merged
+	merged atomic.Bool                    // it shows its origin, and its store is gone
 }
 
 // TakeSnapshot freezes what an origin holds at this moment.
@@ -119,6 +123,10 @@ func (d *Daemon) take(ctx context.Context, o *origin, r api.SnapshotRequest) (ap
 	}
 	if d.saved.now().snapshot(r.Name) != nil {
 		return api.SnapshotTaken{}, api.Errorf(syscall.EEXIST, "there is a snapshot of this name, which is lost: remove it first")
+	}
+	if other := o.merging(); other != nil {
+		return api.SnapshotTaken{}, api.Errorf(syscall.EBUSY, "%s is being merged into %s: what that holds changes by itself",
+			other.name, o.name)
 	}
 	if err := d.names.reserve(); err != nil {
 		return api.SnapshotTaken{}, err
@@ -317,14 +325,7 @@ func (d *Daemon) abandon(s *snap) error {
 	if s.store != nil && !s.request.Reopen {
 		err = s.store.Invalidate()
 	}
-	err = errors.Join(err, s.close())
-	if s.made {
-		err = errors.Join(err, removeFile(s.request.Store))
-	}
-	if d.saved.now().snapshot(s.name) == nil {
-		return err
-	}
-	return errors.Join(err, d.forgetSnapshot(s, err))
+	return d.discard(s, err)
 }
 
 // ResizeSnapshot gives a snapshot's store another size in bytes: a file grows, a block device must have grown.
@@ -391,17 +392,27 @@ func (d *Daemon) remove(ctx context.Context, o *origin, name string, force bool)
 	if s == nil {
 		return d.removeLost(name, force)
 	}
+	if s.merge.Load() != nil {
+		return api.Errorf(syscall.EBUSY, "it is being merged: its origin needs it until that is done")
+	}
 	ctx, cancel := context.WithTimeout(ctx, d.config.SuspendTimeout)
 	defer cancel()
 	if err := d.shut(ctx, &s.entry, force); err != nil {
 		return err
+	}
+	if s.merged.Load() {
+		d.endMerged(s)
+		return nil
 	}
 	dropped, err := d.drop(ctx, s)
 	if err != nil {
 		s.reopen()
 		return err
 	}
-	return d.finishRemove(s, dropped)
+	err = d.discard(s, dropped)
+	d.endSnap(s)
+	d.bus.publish(api.Event{Type: api.EventSnapshotRemoved, Name: s.name, Cause: causeOf(err)})
+	return err
 }
 
 // drop takes s out of its origin, and lets the state file say so of a persistent one before.
@@ -418,22 +429,22 @@ func (d *Daemon) drop(ctx context.Context, s *snap) (dropped, err error) {
 	return dropped, err
 }
 
-// finishRemove ends a snapshot that is out of its origin. err is what went wrong so far: when the store may still be
-// valid the snapshot stays in the state file, as one that is lost.
-func (d *Daemon) finishRemove(s *snap, err error) error {
+// discard closes the store of a snapshot that is out of its origin, and lets the state file forget it. err is what went
+// wrong so far: when the store may still be valid the snapshot stays there, as one that is lost.
+func (d *Daemon) discard(s *snap, err error) error {
 	err = errors.Join(err, s.close())
 	if s.made {
 		err = errors.Join(err, removeFile(s.request.Store))
 	}
-	err = errors.Join(err, d.forgetSnapshot(s, err))
-	d.endSnap(s)
-	d.bus.publish(api.Event{Type: api.EventSnapshotRemoved, Name: s.name, Cause: causeOf(err)})
-	return err
+	return errors.Join(err, d.forgetSnapshot(s, err))
 }
 
 // forgetSnapshot takes a snapshot that is no more out of the state file, unless something is left to be done about its
 // store: err.
 func (d *Daemon) forgetSnapshot(s *snap, err error) error {
+	if d.saved.now().snapshot(s.name) == nil {
+		return nil
+	}
 	return d.saved.change(func(c *content) {
 		if known := c.snapshot(s.name); err != nil && s.store != nil && known != nil {
 			known.Phase, known.Lost = phaseRemoving, err.Error()

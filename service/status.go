@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"cowherd/api"
+	"cowherd/target/snapshot"
 )
 
 // Devices describes all that is live or lost: each origin before its snapshots, by name.
@@ -118,6 +119,11 @@ func (d *Daemon) describeOrigin(o *origin) api.Device {
 	x.Kind, x.State = api.KindOrigin, api.StateLive
 	x.Device, x.Direct = o.request.Device, o.request.Direct
 	x.Target = "snapshot-origin"
+	if s := o.merging(); s != nil {
+		if m := s.merge.Load(); m != nil {
+			x.Target, x.TargetStatus = "snapshot-merge", m.Status()
+		}
+	}
 	for _, s := range o.allSnaps() {
 		x.Snapshots = append(x.Snapshots, s.name)
 	}
@@ -128,13 +134,18 @@ func (d *Daemon) describeSnap(s *snap) api.Device {
 	x := d.describe(&s.entry)
 	x.Kind, x.State = api.KindSnapshot, api.StateValid
 	status, stats := s.target.Status(), s.engine.Stats()
+	m := s.merge.Load()
+	x.Target, x.TargetStatus = "snapshot", status.String()
 	switch {
+	case s.merged.Load():
+		x.State, x.Target, x.TargetStatus = api.StateMerged, "snapshot-origin", ""
+	case m != nil:
+		x.State, x.Target, x.TargetStatus = api.StateMerging, "snapshot-merge", m.Status()
 	case status.Invalid != nil:
 		x.State = api.StateInvalid
 	case status.Overflowed:
 		x.State = api.StateOverflow
 	}
-	x.Target, x.TargetStatus = "snapshot", status.String()
 	x.Snapshot = &api.Snapshot{
 		Origin:                s.origin.name,
 		Store:                 s.request.Store,
@@ -153,6 +164,7 @@ func (d *Daemon) describeSnap(s *snap) api.Device {
 		TableBytes:            status.TableBytes,
 		DiscardZeroesCOW:      s.request.DiscardZeroesCOW,
 		DiscardPassdownOrigin: s.request.DiscardPassdownOrigin,
+		Merge:                 describeMerge(m),
 		Kcopyd: api.Kcopyd{
 			Engine:          d.config.Engine,
 			Jobs:            stats.Jobs,
@@ -167,4 +179,13 @@ func (d *Daemon) describeSnap(s *snap) api.Device {
 		},
 	}
 	return x
+}
+
+// describeMerge tells how far a merge is; nil: there is none.
+func describeMerge(m *snapshot.Merge) *api.Merge {
+	if m == nil {
+		return nil
+	}
+	merged, total := m.Progress()
+	return &api.Merge{Running: m.Running(), MergedChunks: merged, TotalChunks: total, Failed: causeOf(m.Err())}
 }

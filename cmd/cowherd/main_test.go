@@ -121,6 +121,17 @@ func TestUsage(t *testing.T) {
 		{"snapshot vm@a --chunk 3kB", "two meanings"},
 		{"snapshot vm@a --max-cow -1", "--max-cow"},
 		{"snapshot vm@a --discard-passdown-origin", "needs --discard-zeroes-cow"},
+		{"snapshot vm@a --on-full explode", "--on-full"},
+		{"snapshot vm@a --warn-at 0%", "not a share"},
+		{"snapshot vm@a --warn-at 70%,x", "not a share"},
+		{"snapshot vm@a --overwrite", "needs --persistent"},
+		{"snapshot vm@a --persistent --overwrite --reopen", "contradict"},
+		{"snapshot vm@a --stall-max 5s", "needs --on-full throttle"},
+		{"snapshot vm@a --on-full throttle --stall-max=-5s", "negative"},
+		{"resize vm@a", "<size>"},
+		{"resize vm@a 1kB", "two meanings"},
+		{"merge vm@a --wait --stop", "contradict"},
+		{"status --dm --json", "contradict"},
 		{"events --since x", "--since"},
 		{"completion csh", "bash"},
 		{"serve --tls perhaps", "--tls"},
@@ -137,7 +148,8 @@ func TestHelp(t *testing.T) {
 	r := cowherd(t, "--help")
 	r.want(t, exitOK, "Usage: cowherd <command>", "")
 	for _, command := range []string{
-		"serve", "attach", "detach", "snapshot", "rm", "ls", "status", "events", "cow", "version", "completion",
+		"serve", "attach", "detach", "snapshot", "rm", "resize", "merge", "ls", "status", "events", "cow", "version",
+		"completion",
 	} {
 		if !strings.Contains(r.stdout, "\n  "+command+" ") {
 			t.Errorf("no %s in the help", command)
@@ -155,6 +167,7 @@ func TestNoDaemon(t *testing.T) {
 	t.Setenv("COWHERD_CONTROL", filepath.Join(t.TempDir(), "none.sock"))
 	for _, args := range []string{
 		"ls", "status", "status vm", "attach vm mem:1M", "detach vm", "snapshot vm@a", "rm vm@a", "events", "ls --json",
+		"resize vm@a 1M", "merge vm@a", "merge vm@a --wait", "status --dm",
 	} {
 		cowherd(t, strings.Fields(args)...).want(t, exitError, "", `none.sock (is "cowherd serve" running?)`)
 	}
@@ -214,6 +227,83 @@ func TestCommands(t *testing.T) {
 		t.Errorf("events since 3: %q", r.stdout)
 	}
 	cowherd(t, "events", "--since", "99").want(t, exitError, "", "no event 99")
+}
+
+// TestPersistent goes through the life of a persistent snapshot by the command line.
+func TestPersistent(t *testing.T) {
+	dir := serve(t)
+	t.Chdir(dir)
+	if err := os.WriteFile("disk.img", make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cowherd(t, "attach", "vm", "disk.img").want(t, exitOK, "attached", "")
+	cowherd(t, "snapshot", "vm@a", "--persistent", "--on-full", "throttle", "--stall-max", "5s", "--warn-at", "70%,90").
+		want(t, exitOK, "vm@a: taken", "")
+	cowherd(t, "snapshot", "vm@b", "--persistent", "--store", "b.cow", "--max-cow", "64k", "--on-full", "overflow", "--warn-at",
+		"none").want(t, exitOK, "vm@b: taken", "")
+	cowherd(t, "snapshot", "vm@c", "--reopen", "--store", "c.cow").want(t, exitError, "", dir+"/c.cow: no such file")
+	cowherd(t, "snapshot", "vm@c", "--persistent", "--store", "disk.img").want(t, exitError, "", `in use by device "vm"`)
+	lines := "vm: 0 2048 snapshot-origin \nvm@a: 0 2048 snapshot 16/2072 16\nvm@b: 0 2048 snapshot 16/128 16\n"
+	if r := cowherd(t, "status", "--dm"); r.stdout != lines {
+		t.Errorf("got\n%swant\n%s", r.stdout, lines)
+	}
+	cowherd(t, "status", "--dm", "vm@b").want(t, exitOK, "0 2048 snapshot 16/128 16\n", "")
+	cowherd(t, "status", "--dm", "vm@x").want(t, exitError, "", `no device "vm@x"`)
+	for _, text := range []string{
+		"\n  kept           persistent\n", "\n  when full      throttle\n", "\n  store          " + dir + "/state/vm@a.cow\n",
+	} {
+		cowherd(t, "status", "vm@a").want(t, exitOK, text, "")
+	}
+	cowherd(t, "resize", "vm@b", "128k").want(t, exitOK, "vm@b: resized, 8 KiB of 128 KiB (6.2%)\n", "")
+	cowherd(t, "resize", "vm@b", "64k").want(t, exitError, "", "cannot shrink")
+	cowherd(t, "merge", "vm@a", "--stop").want(t, exitError, "", `merge "vm@a": it is not being merged`)
+	cowherd(t, "merge", "vm@a", "--wait").want(t, exitOK, "vm@a: merged\n", "")
+	cowherd(t, "merge", "vm@b", "--json", "--wait").want(t, exitOK, `"result": "merged"`, "")
+	events := cowherd(t, "events", "--no-follow")
+	for _, text := range []string{"snapshot-resized     vm@b\n", "merge-started        vm@a\n", "merge-finished       vm@b\n"} {
+		events.want(t, exitOK, text, "")
+	}
+	if r := cowherd(t, "ls", "-q"); r.stdout != "vm\n" {
+		t.Errorf("left: %q", r.stdout)
+	}
+}
+
+// TestPercents: shares are read with and without the sign.
+func TestPercents(t *testing.T) {
+	for text, want := range map[string]string{"none": "[]", "80": "[80]", "70%,90%": "[70 90]", "1%, 100": "[1 100]"} {
+		var p percents
+		if err := p.UnmarshalText([]byte(text)); err != nil || p == nil || fmt.Sprint([]int(p)) != want {
+			t.Errorf("%q: %v, %v", text, p, err)
+		}
+	}
+	for _, text := range []string{"", "0", "101", "-5", "50,,60", "x%", "50%%"} {
+		var p percents
+		if err := p.UnmarshalText([]byte(text)); err == nil {
+			t.Errorf("%q is read as %v", text, p)
+		}
+	}
+}
+
+// TestMergeState: what people are told of a merge, and the bar.
+func TestMergeState(t *testing.T) {
+	for want, m := range map[string]*api.Merge{
+		"merged":                         nil,
+		"merging, 1 of 4 chunks":         {Running: true, MergedChunks: 1, TotalChunks: 4},
+		"merge stopped, 1 of 4 chunks":   {MergedChunks: 1, TotalChunks: 4},
+		"merge failed: the disk is gone": {MergedChunks: 1, TotalChunks: 4, Failed: "the disk is gone"},
+	} {
+		if got := mergeState(&api.Device{Snapshot: &api.Snapshot{Merge: m}}); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+	for _, test := range []struct {
+		part, whole uint64
+		filled      int
+	}{{0, 4, 0}, {1, 4, 10}, {4, 4, 40}, {5, 4, 40}, {0, 0, 40}} {
+		if got := bar(test.part, test.whole); strings.Count(got, "=") != test.filled || len(got) != barWidth+2 {
+			t.Errorf("%d of %d: %q", test.part, test.whole, got)
+		}
+	}
 }
 
 // TestJSON: what --json prints is what the API sends.
