@@ -30,7 +30,7 @@ IMAGE      ?=
 TOOLS      := bin/tools
 BENCHMARKED = $(shell grep -rl --include='*_test.go' '^func Benchmark' . | xargs -r dirname | sort -u)
 
-.PHONY: build demo test check fmt vet staticcheck checklocks archtest cross tools bench stress fuzz crash clean help
+.PHONY: build demo test check fmt vet staticcheck checklocks archtest cross tools bench stress kill fuzz crash clean help
 
 ## build: bin/cowherd (what plain `make` does)
 build:
@@ -90,6 +90,10 @@ bench: build
 ## stress: the tests COUNT times under the race detector (PKG=./kcopyd/... for one part)
 stress:
 	CGO_ENABLED=1 go test -race -failfast -timeout 2h -count $(COUNT) $(TESTFLAGS) $(PKG)
+
+## kill: kill -9 of the daemon under load COUNT times in each test, with verification after each (COUNT=50)
+kill:
+	COWHERD_KILLS=$(COUNT) go test -count=1 -timeout 2h -run TestKill -v ./test/conformance
 
 ## fuzz: every fuzz target for FUZZTIME (FUZZ=regexp of names)
 fuzz:

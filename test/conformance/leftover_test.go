@@ -165,7 +165,7 @@ func inProcess(t *testing.T, engine string) {
 			t.Error(err)
 		}
 	}
-	for path, want := range map[string]int{dir: 2, filepath.Join(dir, "state"): 1} { // the image, state; the lock
+	for path, want := range map[string]int{dir: 2, filepath.Join(dir, "state"): 2} { // the image, state; the lock, the state file
 		if left, err := os.ReadDir(path); err != nil || len(left) != want {
 			t.Errorf("left in %s: %v (%v)", path, left, err)
 		}

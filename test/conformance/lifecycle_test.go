@@ -86,8 +86,8 @@ func TestTerminateFlushes(t *testing.T) {
 	}
 }
 
-// TestKill kills a daemon while it is written: what was acknowledged is in the image, and the next daemon starts in the
-// same place as if nothing had been.
+// TestKill kills a daemon while it is written: what was acknowledged is in the image, and the next daemon has the device
+// again, without the transient snapshot.
 func TestKill(t *testing.T) {
 	for _, engine := range engines {
 		t.Run(engine, func(t *testing.T) {
@@ -108,14 +108,16 @@ func killTwice(t *testing.T, engine string) {
 			t.Errorf("exit status %d of a daemon that was killed", status)
 		}
 		s.check(image)
-		if left, err := os.ReadDir(d.state); err != nil || len(left) != 1 || left[0].Name() != "lock" {
+		if left, err := os.ReadDir(d.state); err != nil || len(left) != 2 || left[1].Name() != "state.json" {
 			t.Errorf("left in the state directory: %v (%v)", left, err)
 		}
 		if _, err := os.Lstat(d.socket); err != nil {
 			t.Errorf("the test wants a dead socket to be left: %v", err)
 		}
 		d.start("--engine", engine)
-		d.do("attach", "vm", image)
+		if x := d.status("vm"); x.Device != image || len(x.Snapshots) != 0 {
+			t.Errorf("the device is there as %+v", x)
+		}
 		d.do("snapshot", "vm@a")
 		held, err := os.ReadFile(image)
 		if err != nil {
@@ -130,6 +132,8 @@ func killTwice(t *testing.T, engine string) {
 		if err := snapshot.Close(); err != nil {
 			t.Error(err)
 		}
+		d.do("rm", "vm@a")
+		d.do("detach", "vm")
 		d.stop()
 	}
 }

@@ -8,7 +8,7 @@
 //
 //   - its exit status is 0,
 //   - its log tells of no panic, no data race and no error,
-//   - its sockets are gone and its state directory holds nothing but the lock file.
+//   - its sockets are gone and its state directory holds nothing but the lock and the state file.
 //
 // When the tests run under the race detector, so does the daemon.
 //

@@ -22,10 +22,12 @@ type scribbler struct {
 
 // scribe is one goroutine with a connection of its own. Its fields are its own until the scribbler has been waited for.
 type scribe struct {
+	base   int64    // the byte at which block 0 lies
 	first  int      // its first block; the others are every scribes-th
 	issued []uint32 // by block of its own: the last write that was sent
 	acked  []uint32 // the last that was acknowledged
 	err    error
+	begun  chan struct{} // closed when it has written once, or can write no more
 	enough chan struct{} // closed when it has written something worth losing, or can write no more
 }
 
@@ -41,11 +43,18 @@ const (
 // scribble starts to write to all of an export of size bytes.
 func scribble(d *daemon, export string, size int64) *scribbler {
 	d.t.Helper()
+	return scribbleAt(d, export, 0, size)
+}
+
+// scribbleAt starts to write to size bytes of an export from byte base on.
+func scribbleAt(d *daemon, export string, base, size int64) *scribbler {
+	d.t.Helper()
 	s := &scribbler{d: d}
 	for i := range scribes {
 		device := d.open(export, 1)
 		count := int(size) / scribeBlock / scribes
-		w := &scribe{first: i, issued: make([]uint32, count), acked: make([]uint32, count), enough: make(chan struct{})}
+		w := &scribe{base: base, first: i, issued: make([]uint32, count), acked: make([]uint32, count)}
+		w.begun, w.enough = make(chan struct{}), make(chan struct{})
 		s.workers = append(s.workers, w)
 		s.running.Go(func() {
 			w.run(device)
@@ -61,6 +70,9 @@ func (w *scribe) run(device block.Device) {
 	p := make([]byte, scribeBlock)
 	n := 0
 	defer func() {
+		if n == 0 {
+			close(w.begun)
+		}
 		if n < scribeEnough {
 			close(w.enough)
 		}
@@ -74,7 +86,10 @@ func (w *scribe) run(device block.Device) {
 		}
 		w.acked[i] = w.issued[i]
 		n++
-		if n == scribeEnough {
+		switch n {
+		case 1:
+			close(w.begun)
+		case scribeEnough:
 			close(w.enough)
 		}
 		if n%scribeFlush == 0 && block.Flush(device) != nil {
@@ -84,7 +99,7 @@ func (w *scribe) run(device block.Device) {
 }
 
 // offset is where the scribe's block i lies.
-func (w *scribe) offset(i int) int64 { return int64(i*scribes+w.first) * scribeBlock }
+func (w *scribe) offset(i int) int64 { return w.base + int64(i*scribes+w.first)*scribeBlock }
 
 // fill makes p write number n of block i.
 func (w *scribe) fill(p []byte, i int, n uint32) {
@@ -101,6 +116,9 @@ func (s *scribbler) waitEnough() {
 	}
 }
 
+// waitAny waits until some scribe has written something.
+func (s *scribbler) waitAny() { <-s.workers[0].begun }
+
 // check waits until the scribes have ended, and compares the image with their books.
 func (s *scribbler) check(image string) {
 	t := s.d.t
@@ -110,6 +128,14 @@ func (s *scribbler) check(image string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	s.checkBytes(held)
+}
+
+// checkBytes compares what a device holds with the books of scribes that have ended.
+func (s *scribbler) checkBytes(held []byte) {
+	t := s.d.t
+	t.Helper()
+	s.running.Wait()
 	writes := 0
 	for _, w := range s.workers {
 		if w.err != nil {
