@@ -27,8 +27,8 @@
 // # What outlives the daemon
 //
 // The state file (statefile.go) says what is attached and which snapshots there are. It is changed, durably, before an
-// operation is answered, and Restore brings back what it says. The one thing that must never happen, whenever the daemon
-// dies, is that a persistent store is opened again after its origin was written without it. Therefore
+// operation is answered, and Restore brings back what it says. The one thing that must never happen, whenever the
+// daemon dies, is that a persistent store is opened again after its origin was written without it. Therefore
 //
 //   - a snapshot is taken:    state: taking; make the store; add it to the origin; state: kept; answer
 //   - it is removed:          state: removing; suspend; take it out; make the store invalid; resume; remove the file;

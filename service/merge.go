@@ -206,8 +206,8 @@ func (d *Daemon) finishMerge(s *snap) {
 	d.retire(s, disconnect)
 }
 
-// showOrigin lets both devices of a finished merge show the origin. If that does not have all that users of the snapshot
-// were told of, they have to go: disconnect.
+// showOrigin lets both devices of a finished merge show the origin. If that does not have all that users of the
+// snapshot were told of, they have to go: disconnect.
 func (d *Daemon) showOrigin(s *snap) (disconnect bool, err error) {
 	err = d.changeBoth(d.ending, s, func() error {
 		if err := s.origin.device.SetTarget(s.origin.target); err != nil {

@@ -128,7 +128,8 @@ func (d *Daemon) recall(saved *savedDevice) error {
 		return nil
 	}
 	if known.Request.Device != saved.Request.Device {
-		return api.Errorf(syscall.EEXIST, "the name is that of %s, which is lost: detach it to forget it", known.Request.Device)
+		return api.Errorf(syscall.EEXIST, "the name is that of %s, which is lost: detach it to forget it",
+			known.Request.Device)
 	}
 	saved.Since, saved.Snapshots = known.Since, slices.Clone(known.Snapshots)
 	return nil

@@ -17,8 +17,8 @@ import (
 // imageBytes is the size of the images of these tests.
 const imageBytes = 64 << 10
 
-// persistent is a daemon with a device "vm" on an image, a persistent snapshot of it, vm@p, and a block that was written
-// since. It gives what the snapshot must show.
+// persistent is a daemon with a device "vm" on an image, a persistent snapshot of it, vm@p, and a block that was
+// written since. It gives what the snapshot must show.
 func persistent(t testing.TB, c Config, r api.SnapshotRequest) (d *Daemon, path string, frozen []byte) {
 	t.Helper()
 	d = startDaemon(t, c)

@@ -101,9 +101,9 @@ func openStateFile(dir string) (*stateFile, error) {
 	}
 	c, err := decodeState(text)
 	if err != nil {
-		return nil, api.Errorf(syscall.EINVAL, "state file %s: %v. It is left as it is. To begin with nothing attached, move "+
-			"it away; persistent snapshots can then be opened by \"cowherd snapshot --reopen\", if their devices have not "+
-			"been written since", f.path(), err)
+		return nil, api.Errorf(syscall.EINVAL, "state file %s: %v. It is left as it is. To begin with nothing attached, "+
+			"move it away; persistent snapshots can then be opened by \"cowherd snapshot --reopen\", if their devices have "+
+			"not been written since", f.path(), err)
 	}
 	f.content.Store(c)
 	return f, nil

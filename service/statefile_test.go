@@ -213,7 +213,8 @@ func FuzzDecodeState(f *testing.F) {
 		if err != nil {
 			return
 		}
-		c, err := decodeState(fmt.Appendf(nil, `{"format": %q, "version": 1, "crc32c": %q, "content": %s}`, stateFormat, sum, inner))
+		c, err := decodeState(fmt.Appendf(nil, `{"format": %q, "version": 1, "crc32c": %q, "content": %s}`, stateFormat, sum,
+			inner))
 		if err != nil {
 			return
 		}

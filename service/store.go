@@ -69,24 +69,6 @@ func (d *Daemon) openTransientCOW(s *snap, length int64) (*backing, error) {
 	return d.openFile(s.name, r.Store, file.Options{})
 }
 
-// normalizeStore makes the store of a request for a persistent snapshot the path of a file or a block device.
-func (d *Daemon) normalizeStore(r *api.SnapshotRequest) error {
-	switch {
-	case r.Store == storeTemp || r.Store == storeMem:
-		return api.Errorf(syscall.EINVAL, "a persistent store is in a file or on a block device, not in %q", r.Store)
-	case r.Reopen && r.Overwrite:
-		return api.Errorf(syscall.EINVAL, "a store is either opened again or overwritten")
-	case r.Store == "":
-		r.Store = d.state.path
-	case !filepath.IsAbs(r.Store):
-		return api.Errorf(syscall.EINVAL, "store %q: an absolute path is wanted", r.Store)
-	}
-	if info, err := os.Stat(r.Store); err == nil && info.IsDir() {
-		r.Store = filepath.Join(r.Store, r.Name+storeSuffix)
-	}
-	return nil
-}
-
 // createPersistent makes the store of a new persistent snapshot. The state file says so before anything is written, so
 // that a store that was being made when the daemon died is never taken for one of a snapshot.
 func (d *Daemon) createPersistent(s *snap) (snapshot.Store, error) {
@@ -134,8 +116,8 @@ func (d *Daemon) openNewStore(s *snap, length int64) (err error) {
 		}
 	}
 	if r.MaxCOWBytes > 0 && r.MaxCOWBytes < s.cow.Size() {
-		return api.Errorf(syscall.EINVAL, "it has %d bytes, and a persistent store takes all of them: a limit of %d cannot be "+
-			"kept", s.cow.Size(), r.MaxCOWBytes)
+		return api.Errorf(syscall.EINVAL, "it has %d bytes, and a persistent store takes all of them: a limit of %d cannot "+
+			"be kept", s.cow.Size(), r.MaxCOWBytes)
 	}
 	if r.Overwrite {
 		return nil
