@@ -195,7 +195,7 @@ func TestInUse(t *testing.T) {
 // TestForceStuck: a client that takes no replies is cut off in time.
 func TestForceStuck(t *testing.T) {
 	c := testConfig(t)
-	c.SuspendTimeout = 2 * time.Second
+	c.SuspendTimeout = 8 * time.Second // a quarter of it is waited for, and the rest is for a machine that is busy
 	d := startDaemon(t, c)
 	attach(t, d, "vm", "mem:4M")
 	take(t, d, api.SnapshotRequest{Name: "vm@a"})

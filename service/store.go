@@ -90,9 +90,6 @@ func (d *Daemon) createPersistent(s *snap) (snapshot.Store, error) {
 	if err := d.openNewStore(s, length); err != nil {
 		return nil, fmt.Errorf("store %s: %w", r.Store, err)
 	}
-	if err := d.remember(s, phaseTaking); err != nil {
-		return nil, err
-	}
 	s.store, err = cowstore.CreatePersistent(s.cow.leaf, cowstore.ChunkSize(r.ChunkBytes), cowstore.PersistentConfig{})
 	if err != nil {
 		return nil, fmt.Errorf("store %s: %w", r.Store, err)
@@ -101,7 +98,7 @@ func (d *Daemon) createPersistent(s *snap) (snapshot.Store, error) {
 }
 
 // openNewStore opens the device of a store that is to be made: a file of length bytes that is made for it, or what is
-// there, if that is empty or may be overwritten.
+// there, if that is empty or may be overwritten. The state file says that the snapshot is being taken.
 func (d *Daemon) openNewStore(s *snap, length int64) (err error) {
 	r := &s.request
 	if _, err := os.Stat(r.Store); errors.Is(err, fs.ErrNotExist) {
@@ -119,20 +116,28 @@ func (d *Daemon) openNewStore(s *snap, length int64) (err error) {
 		return api.Errorf(syscall.EINVAL, "it has %d bytes, and a persistent store takes all of them: a limit of %d cannot "+
 			"be kept", s.cow.Size(), r.MaxCOWBytes)
 	}
-	if r.Overwrite {
-		return nil
+	if !r.Overwrite {
+		if err := checkEmpty(s.cow.leaf); err != nil {
+			return err
+		}
 	}
-	return checkEmpty(s.cow.leaf)
+	return d.remember(s, phaseTaking)
 }
 
-// createFile makes the file of a store.
+// createFile makes the file of a store. The state file says so before, lest a file be left of which nobody knows.
 func (d *Daemon) createFile(s *snap, length int64) error {
 	path := s.request.Store
-	made, err := file.Create(path, length, file.Options{})
-	if err != nil {
+	s.made = true
+	if err := d.remember(s, phaseTaking); err != nil {
+		s.made = false
 		return err
 	}
-	s.cow, s.made = &backing{leaf: made}, true
+	made, err := file.Create(path, length, file.Options{})
+	if err != nil {
+		s.made = false // what may be there is another's
+		return err
+	}
+	s.cow = &backing{leaf: made}
 	info, err := os.Stat(path)
 	if err != nil {
 		return err

@@ -69,9 +69,16 @@ func TestKillPersistent(t *testing.T) {
 					v.takeAgain(i)
 				}
 				v.load("vm@p")
-				v.kill("--engine", engine)
+				v.end(syscall.SIGKILL, -1)
+				v.start("--engine", engine)
 				v.verify()
 			}
+			// An orderly end in the middle of everything leaves as much.
+			v.load("vm@p")
+			v.end(syscall.SIGTERM, 0)
+			v.checkLog()
+			v.start("--engine", engine)
+			v.verify()
 			v.do("rm", "vm@p")
 		})
 	}
@@ -99,11 +106,11 @@ func (v *victim) read(export string) []byte {
 }
 
 // clear fills a part of an export with zeroes, from where scribes count.
-func (v *victim) clear(export string, base, size int64) {
-	v.t.Helper()
-	x := v.open(export, 1)
+func (d *daemon) clear(export string, base, size int64) {
+	d.t.Helper()
+	x := d.open(export, 1)
 	if err := errors.Join(block.Write(x, make([]byte, size), base), block.Flush(x), x.Close()); err != nil {
-		v.t.Fatal(err)
+		d.t.Fatal(err)
 	}
 }
 
@@ -153,18 +160,17 @@ func (v *victim) othersWrite() bool {
 	return false
 }
 
-// kill kills the daemon in the middle of everything, and starts the next one.
-func (v *victim) kill(flags ...string) {
+// end ends the daemon by a signal in the middle of everything.
+func (v *victim) end(sig syscall.Signal, want int) {
 	v.t.Helper()
-	v.signal(syscall.SIGKILL)
-	if status := v.wait(); status != -1 {
-		v.t.Errorf("exit status %d of a daemon that was killed", status)
+	v.signal(sig)
+	if status := v.wait(); status != want {
+		v.t.Errorf("exit status %d after %v, want %d", status, sig, want)
 	}
 	v.origin.running.Wait()
 	v.snapshot.running.Wait()
 	v.stopFio()
 	<-v.fio
-	v.start(flags...)
 }
 
 // verify checks origin and snapshot.
@@ -203,7 +209,8 @@ func TestKillMerge(t *testing.T) {
 		v.do("merge", "vm@p")
 		for v.merging() {
 			v.scribbleMerged()
-			v.kill()
+			v.end(syscall.SIGKILL, -1)
+			v.start()
 			v.verifyMerged()
 			kills++
 		}
@@ -260,4 +267,78 @@ func (v *victim) verifyMerged() {
 		v.origin.checkBytes(held)
 		v.snapshot.checkBytes(held)
 	}
+}
+
+// TestKillTakeAndRemove kills the daemon while a persistent snapshot is taken and removed, again and again, of an origin
+// that is written: the next one has the snapshot, and that is a frozen view, or has it not, and nothing is left of it.
+func TestKillTakeAndRemove(t *testing.T) {
+	t.Parallel()
+	const size = 2 * mib
+	d := prepare(t)
+	d.start()
+	d.do("attach", "vm", emptyImage(t, size))
+	there := 0
+	for i := range 2 * rounds(t) {
+		d.clear("vm", 0, size)
+		s := scribble(d, "vm", size)
+		turns := make(chan struct{})
+		go func() {
+			defer close(turns)
+			for takeOrRemove(d) == nil {
+				turns <- struct{}{}
+			}
+		}()
+		for range 1 + i%4 { // so that it is there, or not, when the next turn begins
+			<-turns
+		}
+		d.signal(syscall.SIGKILL)
+		d.wait()
+		for range turns { // until one has failed
+		}
+		s.running.Wait()
+		d.start()
+		if keepsWhatItShows(d, s, size) {
+			there++
+		}
+		if left, err := os.ReadDir(d.state); err != nil || len(left) != 2 {
+			t.Errorf("left in the state directory: %v (%v)", left, err)
+		}
+	}
+	t.Logf("the snapshot was there %d times", there)
+}
+
+// takeOrRemove takes a persistent snapshot, or removes it when it is there.
+func takeOrRemove(d *daemon) error {
+	_, err := d.api.TakeSnapshot(context.Background(), api.SnapshotRequest{Name: "vm@p", Persistent: true})
+	if errors.Is(err, syscall.EEXIST) {
+		return d.api.RemoveSnapshot(context.Background(), "vm@p", false)
+	}
+	return err
+}
+
+// keepsWhatItShows tells whether there is a snapshot. If so it must show whole blocks that s has written, and go on
+// showing them when the origin is cleared; then it is removed.
+func keepsWhatItShows(d *daemon, s *scribbler, size int64) bool {
+	t := d.t
+	t.Helper()
+	if _, err := d.api.Device(t.Context(), "vm@p"); errors.Is(err, syscall.ENOENT) {
+		return false
+	}
+	if x := d.status("vm@p"); x.State != api.StateValid {
+		t.Errorf("the snapshot is %+v", x)
+	}
+	x := d.open("vm@p", 1)
+	first, err := contents(x)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.checkOlder(first)
+	d.clear("vm", 0, size)
+	second, err := contents(x)
+	if err := errors.Join(err, x.Close()); err != nil {
+		t.Fatal(err)
+	}
+	sameBytes(t, "the snapshot when its origin is cleared", second, first)
+	d.do("rm", "vm@p")
+	return true
 }

@@ -151,6 +151,21 @@ func (s *scribbler) checkBytes(held []byte) {
 	t.Logf("%d writes were acknowledged", writes)
 }
 
+// checkOlder checks that a device holds what scribes that have ended had written at some moment, each block wholly.
+func (s *scribbler) checkOlder(held []byte) {
+	t := s.d.t
+	t.Helper()
+	for _, w := range s.workers {
+		older := *w
+		older.acked = make([]uint32, len(w.acked))
+		for i := range w.issued {
+			if err := older.checkBlock(i, held[w.offset(i):w.offset(i)+scribeBlock]); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
+
 // checkBlock checks what the image holds of block i.
 func (w *scribe) checkBlock(i int, p []byte) error {
 	n := binary.LittleEndian.Uint32(p[4:])
