@@ -196,7 +196,9 @@ func (d *Daemon) finishMerge(s *snap) {
 		err = d.remember(s, phaseRemoving)
 	}
 	if err != nil {
-		d.bus.publish(api.Event{Type: api.EventMergeFailed, Name: s.name, Cause: err.Error()})
+		if d.ending.Err() == nil { // else it was given up because the daemon stops
+			d.bus.publish(api.Event{Type: api.EventMergeFailed, Name: s.name, Cause: err.Error()})
+		}
 		return
 	}
 	s.merged.Store(true)

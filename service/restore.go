@@ -131,6 +131,9 @@ func (d *Daemon) restoreSnap(o *origin, saved *savedSnapshot) (e api.Event, keep
 			saved.Lost = err.Error()
 			return api.Event{Type: api.EventSnapshotLost, Cause: saved.Lost, Persistent: true}, true
 		}
+		if saved.Phase == phaseTaking {
+			return api.Event{}, false // nobody has been told that it was there
+		}
 		return api.Event{Type: api.EventSnapshotRemoved}, false
 	case saved.Phase == phaseLost:
 		// Its store may be within reach by now. The cause stays the first one.

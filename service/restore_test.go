@@ -92,9 +92,8 @@ func TestRestart(t *testing.T) {
 	_, err := d.TakeSnapshot(t.Context(), api.SnapshotRequest{Name: "vm@p"})
 	wantErrno(t, err, syscall.EEXIST, "already")
 	wantErrno(t, d.Detach(t.Context(), "vm"), syscall.EBUSY, "vm has snapshots: vm@p")
-	if err := errors.Join(d.RemoveSnapshot(t.Context(), "vm@p", false), d.Detach(t.Context(), "vm")); err != nil {
-		t.Fatal(err)
-	}
+	removeSoon(t, d, "vm@p")
+	detachSoon(t, d, "vm")
 	wantFile(t, store, false)
 	if left := d.saved.now(); len(left.Devices) != 0 || d.names.taken() != 0 {
 		t.Errorf("remembered: %+v, count %d", left, d.names.taken())
@@ -159,6 +158,15 @@ func TestRestartPhases(t *testing.T) {
 				}
 			}
 			wantGone(t, d, "vm@p")
+			removed := 0
+			for _, e := range allEvents(t, d) {
+				if e.Type == api.EventSnapshotRemoved {
+					removed++
+				}
+			}
+			if told := p != phaseTaking; (removed == 1) != told {
+				t.Errorf("phase %s: %d events of a removal", p, removed)
+			}
 			if wantFile(t, store, !made); !made {
 				if h := storeState(t, store); h.Valid {
 					t.Errorf("phase %s: the store is valid", p)
@@ -439,7 +447,19 @@ func TestStateFull(t *testing.T) {
 	}
 	attach(t, d, "b", other)
 	take(t, d, api.SnapshotRequest{Name: "vm@b", Persistent: true})
-	if err := d.RemoveSnapshot(t.Context(), "vm@p", false); err != nil {
-		t.Error(err)
+	removeSoon(t, d, "vm@p")
+}
+
+// detachSoon detaches a device whose client has just said goodbye.
+func detachSoon(t testing.TB, d *Daemon, name string) {
+	t.Helper()
+	for {
+		err := d.Detach(t.Context(), name)
+		if err == nil {
+			return
+		}
+		if !errors.Is(err, syscall.EBUSY) {
+			t.Fatal(err)
+		}
 	}
 }

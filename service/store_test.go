@@ -363,9 +363,6 @@ func TestStoreHolds(t *testing.T) {
 		if err := d.RemoveSnapshot(t.Context(), "vm@p", false); err != nil {
 			t.Fatal(err)
 		}
-		waitEvent(t, d, api.EventClientDisconnected, "vm")
-		for d.Detach(t.Context(), "vm") != nil { // until its client has gone
-			t.Log("vm is in use")
-		}
+		detachSoon(t, d, "vm")
 	}
 }

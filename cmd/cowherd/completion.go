@@ -98,7 +98,7 @@ func newCompletion(above string, command *kong.Node, more []completionFlag) comp
 	if len(names) > 0 {
 		c.argument = "=" + strings.Join(names, " ")
 	} else if len(command.Positional) > 0 {
-		// The last argument: the ones before it are names that do not exist yet.
+		// The last argument: the ones before it are names that do not exist yet, or words of the same kind.
 		c.argument = source(command.Positional[len(command.Positional)-1])
 	}
 	return c

@@ -9,7 +9,7 @@ import (
 type resizeCmd struct {
 	outputFlags
 	Name string    `arg:"" name:"name@snap" complete:"snapshot" help:"Name of the snapshot."`
-	Size size.Size `arg:"" help:"What its store may take from now on: more than before."`
+	Size size.Size `arg:"" complete:"snapshot" help:"What its store may take from now on: more than before."`
 }
 
 func (resizeCmd) Help() string {
