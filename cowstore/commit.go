@@ -107,21 +107,30 @@ type committing struct {
 	// Closed when the runner ends; not nil while somebody waits for that.
 	ended chan struct{} // +checklocks:mu
 
-	covered, ready, written, done commitList
-	failure                       error // no record is written any more
-	stage                         commitStage
-	unflushed                     bool // there was a put since the last flush
+	covered commitList
+	ready   commitList
+	written commitList
+	done    commitList
+
+	failure   error // no record is written any more
+	stage     commitStage
+	unflushed bool // there was a put since the last flush
 
 	barrier atomic.Int32 // I/O of the stage in flight, and one while it is issued
 	ioErr   atomic.Pointer[error]
 
-	data, zero, flush block.Request
+	data  block.Request
+	zero  block.Request
+	flush block.Request
 
 	run     func() // Persistent.runCommits, made once so that starting a goroutine allocates nothing
 	calls   percpu.Shards[doneShard]
 	calling sync.WaitGroup // goroutines of calls
 
-	records, puts, flushes atomic.Uint64 // counted by the runner alone
+	// Counted by the runner alone.
+	records atomic.Uint64
+	puts    atomic.Uint64
+	flushes atomic.Uint64
 }
 
 // Commits count what has been committed since the store was opened.

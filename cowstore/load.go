@@ -2,6 +2,7 @@ package cowstore
 
 import (
 	"fmt"
+	"slices"
 	"sync"
 
 	"cowherd/block"
@@ -235,26 +236,15 @@ func (l *loader) flush() error {
 	return l.await()
 }
 
-// findGaps collects the chunks below the highest that no record names, and puts the lowest last.
+// findGaps collects the chunks below the highest that no record names, and puts the lowest last. Areas may lie in them.
 func (p *Persistent) findGaps(used *ChunkSet) {
+	var gaps []chunkRun
+	used.gaps(2, Chunk(p.next.Load()), func(g chunkRun) { gaps = append(gaps, g) })
+	slices.Reverse(gaps)
 	p.gapMu.Lock()
 	defer p.gapMu.Unlock()
-	stride := p.layout.stride()
-	used.gaps(2, Chunk(p.next.Load()), func(g chunkRun) {
-		for g.first < g.end { // cut where areas lie
-			end := min(g.end, g.first+stride-(g.first-1)%stride)
-			if p.layout.IsMetadata(g.first) {
-				g.first++
-				continue
-			}
-			p.gaps = append(p.gaps, chunkRun{g.first, end})
-			g.first = end
-		}
-	})
-	for i, j := 0, len(p.gaps)-1; i < j; i, j = i+1, j-1 {
-		p.gaps[i], p.gaps[j] = p.gaps[j], p.gaps[i]
-	}
-	p.hasGaps.Store(len(p.gaps) > 0)
+	p.gaps = gaps
+	p.hasGaps.Store(len(gaps) > 0)
 }
 
 // atTail takes over where the table ends, and cleans what lies behind it.

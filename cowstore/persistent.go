@@ -56,7 +56,7 @@ type Persistent struct {
 	warning warning
 
 	gapMu sync.Mutex
-	// Chunks below next that are free, the lowest last.
+	// Chunks below next that are free, but for areas that lie between them; the lowest last.
 	gaps []chunkRun // +checklocks:gapMu
 
 	table  tail // where the table ends
@@ -229,17 +229,18 @@ func (p *Persistent) Allocate(_ block.Queue, want int) (first Chunk, count int, 
 func (p *Persistent) takeGap(want int) (first Chunk, count int) {
 	p.gapMu.Lock()
 	defer p.gapMu.Unlock()
-	if len(p.gaps) == 0 {
-		return 0, 0
+	stride := p.layout.stride()
+	for len(p.gaps) > 0 && count == 0 {
+		g := &p.gaps[len(p.gaps)-1]
+		first = p.layout.skipMetadata(g.first)
+		if first < g.end {
+			count = int(min(Chunk(want), g.end-first, stride-(first-1)%stride))
+		}
+		if g.first = first + Chunk(count); g.first >= g.end {
+			p.gaps = p.gaps[:len(p.gaps)-1]
+		}
 	}
-	last := len(p.gaps) - 1
-	g := &p.gaps[last]
-	first, count = g.first, int(min(Chunk(want), g.end-g.first))
-	g.first += Chunk(count)
-	if g.first == g.end {
-		p.gaps = p.gaps[:last]
-		p.hasGaps.Store(last > 0)
-	}
+	p.hasGaps.Store(len(p.gaps) > 0)
 	return first, count
 }
 

@@ -198,10 +198,10 @@ func (t *Transient) takeStripeLocked(shard int) (start, length Chunk) {
 // Usage counts sectors as the kernel's status line does: allocated (chunks that hold an exception), total, metadata.
 func (t *Transient) Usage() (allocated, total, metadata block.Sector) {
 	t.mu.Lock()
-	used := t.given
+	used, total := t.given, t.sectors
 	for i := range t.batches.Len() {
 		used -= Chunk(t.batches.Index(i).word.Load() & batchCountMax)
 	}
 	t.mu.Unlock()
-	return block.SectorFloor(t.chunkSize.Offset(used)), t.sectors, 0
+	return block.SectorFloor(t.chunkSize.Offset(used)), total, 0
 }
