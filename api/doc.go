@@ -225,6 +225,7 @@ const (
 	EventSnapshotInvalid    = "snapshot-invalid"
 	EventSnapshotReopened   = "snapshot-reopened" // after a start of the daemon
 	EventSnapshotSpace      = "snapshot-space"    // a share of the store is taken; see Event.Percent
+	EventSnapshotStalled    = "snapshot-stalled"  // there is no room, and writes wait for some
 	EventSnapshotOverflow   = "snapshot-overflow" // writes to the snapshot fail from now on
 	EventSnapshotResized    = "snapshot-resized"
 	EventMergeStarted       = "merge-started"

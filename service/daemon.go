@@ -194,6 +194,7 @@ func (d *Daemon) Serve() {
 func (d *Daemon) Stop(ctx context.Context) error {
 	d.names.close()
 	d.end()
+	d.endStalls()
 	err := d.stopServing(ctx)
 	ended := make(chan error, 1)
 	go func() { ended <- d.releaseAll(ctx) }()
@@ -224,6 +225,20 @@ func (d *Daemon) stopServing(ctx context.Context) error {
 	err := d.exports.shutdown(ctx)
 	control.Wait()
 	return errors.Join(err, controlErr)
+}
+
+// endStalls ends the waiting for room, which those who stop wait for: with an error where the snapshot is to be there
+// again for the next daemon, and at the price of the snapshot where it ends anyway.
+func (d *Daemon) endStalls() {
+	for _, o := range d.names.all() {
+		for _, s := range o.allSnaps() {
+			if s.store != nil {
+				s.target.Refuse()
+			} else {
+				s.target.Unstall()
+			}
+		}
+	}
 }
 
 // releaseAll closes all origins with their snapshots, each origin by itself.

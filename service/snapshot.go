@@ -198,6 +198,7 @@ func (s *snap) build(d *Daemon, store snapshot.Store) error {
 		Warned: func(percent int) {
 			d.bus.publish(api.Event{Type: api.EventSnapshotSpace, Name: r.Name, Percent: percent})
 		},
+		Stalled: func() { d.bus.publish(api.Event{Type: api.EventSnapshotStalled, Name: r.Name}) },
 		Overflowed: func(cause error) {
 			d.bus.publish(api.Event{Type: api.EventSnapshotOverflow, Name: r.Name, Cause: cause.Error()})
 		},

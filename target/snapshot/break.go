@@ -19,6 +19,7 @@ const (
 	noException           // as many as may be are in flight
 	undecided             // the snapshot is invalid, but its store does not say so yet
 	stalled               // there is no room, and the policy is to wait for some
+	refused               // nor is anybody to wait any more
 )
 
 // hold keeps a hindered r until it is worth another look, for waker.
@@ -30,6 +31,8 @@ func (s *Snapshot) hold(h hindrance, r *block.Request, waker block.Waker) {
 		s.awaitVerdict(r, waker)
 	case stalled:
 		s.stall(r, waker)
+	case refused:
+		r.Complete(s.refusal(r))
 	case unhindered:
 		invariant.Check(false, "a request is held without a reason")
 	}
@@ -74,9 +77,13 @@ func (s *Snapshot) preserve(r *block.Request) (wait pendingChunk, h hindrance) {
 			if s.claim(e, at, end) == 0 {
 				continue // another request was quicker: look again
 			}
-			if got := s.allocate(e, forOrigin); got == roomLater {
+			switch s.allocate(e, forOrigin) {
+			case roomFound:
+			case roomLater:
 				return wait, stalled
-			} else if got != roomFound {
+			case roomRefused:
+				return wait, refused
+			case roomNever:
 				continue // the snapshot is invalid now: look again
 			}
 			count := cowstore.Chunk(e.count)

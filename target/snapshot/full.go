@@ -41,6 +41,7 @@ type fullness struct {
 	stallMax   time.Duration
 	overflowed atomic.Bool
 	tell       func(cause error) // of an overflow; may be nil
+	tellStall  func()            // may be nil
 	rounds     atomic.Uint64     // how often the room has grown
 
 	growing sync.Mutex
@@ -50,8 +51,10 @@ type fullness struct {
 	waiting block.List // +checklocks:mu
 	// Ends the waiting; nil: nobody waits.
 	timer *time.Timer // +checklocks:mu
-	// Nobody is to wait any more.
+	// Nobody is to wait any more: that costs the snapshot,
 	over bool // +checklocks:mu
+	// or the request.
+	refuse bool // +checklocks:mu
 	// The newest round in which there was no room.
 	fullRound uint64 // +checklocks:mu
 }
@@ -66,6 +69,7 @@ type warner interface {
 
 func (f *fullness) init(s *Snapshot, c *Config) {
 	f.policy, f.max, f.step, f.stallMax, f.tell = c.OnFull, c.COWMax, growMin, c.StallMax, c.Overflowed
+	f.tellStall = c.Stalled
 	if w, ok := s.store.(warner); ok && c.Warned != nil && len(c.WarnAt) > 0 {
 		w.Warn(c.WarnAt, c.Warned)
 	}
@@ -83,9 +87,10 @@ const (
 type room uint8
 
 const (
-	roomFound room = iota // or there may be some now
-	roomLater             // wait for it
-	roomNever             // the snapshot is invalid, or has overflowed
+	roomFound   room = iota // or there may be some now
+	roomLater               // wait for it
+	roomRefused             // nor may it be waited for
+	roomNever               // the snapshot is invalid, or has overflowed
 )
 
 // noRoom decides what becomes of an allocation that has failed. round is what rounds was before it.
@@ -97,8 +102,10 @@ func (s *Snapshot) noRoom(err error, who claimant, round uint64) room {
 			return roomFound
 		case f.policy == FullGrow && s.growCOW(round):
 			return roomFound
-		case f.policy == FullThrottle && f.mayStall(round):
-			return roomLater
+		case f.policy == FullThrottle:
+			if got := f.mayStall(round); got != roomNever {
+				return got
+			}
 		case f.policy == FullOverflow && who == forSnapshot:
 			if !f.overflowed.Swap(true) && f.tell != nil {
 				f.tell(err)
@@ -177,11 +184,17 @@ func (s *Snapshot) resizeLocked(size int64) error {
 }
 
 // mayStall tells whether requests may wait for room, of which there was none in round.
-func (f *fullness) mayStall(round uint64) bool {
+func (f *fullness) mayStall(round uint64) room {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.fullRound = max(f.fullRound, round)
-	return !f.over && f.stallMax > 0
+	switch {
+	case f.refuse:
+		return roomRefused
+	case f.over || f.stallMax <= 0:
+		return roomNever
+	}
+	return roomLater
 }
 
 // stall keeps r until there is room, for waker. The first that waits sets the time.
@@ -190,12 +203,17 @@ func (s *Snapshot) stall(r *block.Request, waker block.Waker) {
 	r.SetWaker(waker)
 	f.mu.Lock()
 	f.waiting.PushBack(r)
-	if f.timer == nil && !f.over {
+	ended := f.over || f.refuse
+	first := f.timer == nil && !ended
+	if first {
 		f.timer = time.AfterFunc(f.stallMax, s.stallExpired)
 	}
 	// Room, or the end of the snapshot, that came since the allocation failed saw nobody waiting.
-	again := f.over || f.rounds.Load() != f.fullRound
+	again := ended || f.rounds.Load() != f.fullRound
 	f.mu.Unlock()
+	if first && f.tellStall != nil {
+		f.tellStall()
+	}
 	if again || s.invalidCause() != nil {
 		s.wakeStalled()
 	}
@@ -230,6 +248,23 @@ func (s *Snapshot) wakeStalled() {
 func (s *Snapshot) Unstall() {
 	s.full.close()
 	s.wakeStalled()
+}
+
+// Refuse lets the requests fail, with ESHUTDOWN, that wait for room, and all that would: to be called before the
+// snapshot is taken down, to be opened again later. It stays as it is.
+func (s *Snapshot) Refuse() {
+	s.full.mu.Lock()
+	s.full.refuse = true
+	s.full.mu.Unlock()
+	s.wakeStalled()
+}
+
+// refusal is what a request fails with that may not wait for room.
+func (s *Snapshot) refusal(r *block.Request) error {
+	return &block.Error{
+		Op: r.Op, Offset: r.Offset, Length: r.Length, Errno: syscall.ESHUTDOWN,
+		Err: fmt.Errorf("snapshot %q has no room for what this write would overwrite, and is being taken down", s.name),
+	}
 }
 
 // close ends all waiting for room; wakeStalled is to follow if anybody waits.

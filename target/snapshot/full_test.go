@@ -74,7 +74,16 @@ func TestGrow(t *testing.T) {
 func throttled(t *testing.T, make func(d block.Device) Store, stallMax time.Duration) (*rig, *rigSnap, *growingRAM) {
 	g := newRig(t, "scaled", 1<<20)
 	d := newGrowingRAM(8*4*kib, 1<<20)
-	x := g.take(Config{ChunkSize: 4 * kib, COW: d, Store: make(d), OnFull: FullThrottle, StallMax: stallMax})
+	told := new(atomic.Int32)
+	x := g.take(Config{
+		ChunkSize: 4 * kib, COW: d, Store: make(d), OnFull: FullThrottle, StallMax: stallMax,
+		Stalled: func() { told.Add(1) },
+	})
+	t.Cleanup(func() {
+		if want := int32(min(1, stallMax)); told.Load() != want {
+			t.Errorf("told %d times of waiting, want %d", told.Load(), want)
+		}
+	})
 	return g, x, d
 }
 
@@ -141,6 +150,22 @@ func TestThrottleEnds(t *testing.T) {
 				g.wantInvalid(x, syscall.ENOSPC)
 			})
 		}
+	})
+}
+
+// TestRefuse: what waits for room fails, and so does what would; the snapshot stays.
+func TestRefuse(t *testing.T) {
+	stores(t, func(t *testing.T, make func(d block.Device) Store) {
+		g, x, _ := throttled(t, make, patience)
+		first, next := fillUp(t, g, x)
+		own := start(x.dev, block.OpWrite, 0, next+4*kib, pattern(2, 4*kib))
+		x.Refuse()
+		first.want(t, syscall.ESHUTDOWN)
+		own.want(t, syscall.ESHUTDOWN)
+		g.write(next, []byte("x")).want(t, syscall.ESHUTDOWN)
+		start(x.dev, block.OpWrite, 0, next, []byte("y")).want(t, syscall.ESHUTDOWN)
+		g.write(0, []byte("z")).want(t, nil)
+		g.wantFrozen(x)
 	})
 }
 

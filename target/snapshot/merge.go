@@ -105,9 +105,6 @@ func NewMerge(s *Snapshot, c MergeConfig) (*Merge, error) {
 		return nil, fmt.Errorf("snapshot %q is transient: only persistent ones can be merged: %w", s.name, syscall.EINVAL)
 	case s.invalidCause() != nil:
 		return nil, fmt.Errorf("snapshot %q is invalid, and cannot be merged: %w: %w", s.name, s.invalidCause(), syscall.EIO)
-	case s.cow.Limits().LogicalBlock > s.origin.Limits().LogicalBlock:
-		return nil, fmt.Errorf("snapshot %q: the logical block of its COW device, %d bytes, is larger than the origin's: %w",
-			s.name, s.cow.Limits().LogicalBlock, syscall.EINVAL)
 	case slices.Contains(s.origin.Snapshots(), s):
 		return nil, fmt.Errorf("snapshot %q is still a snapshot of its origin: %w", s.name, syscall.EBUSY)
 	case s.origin.device.Limits().ReadOnly || s.cow.Limits().ReadOnly:
@@ -171,6 +168,9 @@ func (m *Merge) mapRead(r *block.Request) block.Device {
 	}
 	x := s.runAt(r.Offset, r.End())
 	if x.end == r.End() {
+		if x.readable && !m.fitsCOW(r) {
+			return nil
+		}
 		d, offset := m.place(x, r.Offset)
 		r.Offset = offset
 		return d
@@ -179,6 +179,9 @@ func (m *Merge) mapRead(r *block.Request) block.Device {
 	for offset, last := r.Offset, r.End(); offset < last; offset = x.end {
 		x = s.runAt(offset, last)
 		p := f.Part(offset, x.end-offset)
+		if x.readable && !m.fitsCOW(p) {
+			continue
+		}
 		d, at := m.place(x, offset)
 		p.Offset = at
 		d.Submit(p)
@@ -225,6 +228,9 @@ func (m *Merge) writePiece(r *block.Request, x run) {
 		}
 		return
 	}
+	if !m.fitsCOW(r) {
+		return
+	}
 	s := m.snapshot
 	start, end := s.chunksOf(r.Offset, r.Length)
 	n := m.writes.begin(s, r.Queue, start, end)
@@ -241,6 +247,18 @@ func (m *Merge) writePiece(r *block.Request, x run) {
 	r.Push(n)
 	r.Offset = s.moveTo(r.Offset, x.to)
 	submitWrite(m.cow, r)
+}
+
+// fitsCOW fails a request to the COW device, which is to be remapped, if it is not a multiple of its logical blocks: those
+// of the origin may be smaller (an image file has none).
+func (m *Merge) fitsCOW(r *block.Request) bool {
+	unit := int64(m.cow.Limits().LogicalBlock)
+	if (r.Offset|r.Length)&(unit-1) == 0 {
+		return true
+	}
+	r.Complete(block.NewError(r, syscall.EINVAL, fmt.Sprintf(
+		"%q is being merged, from a COW device whose logical block has %d bytes: this is no multiple of it", m.snapshot.name, unit)))
+	return false
 }
 
 // submitWrite submits a write; one of zeroes may be longer than d takes at a time.
@@ -468,7 +486,8 @@ func (m *Merge) drainWrites(records []cowstore.Record) {
 }
 
 // mergeRun is a run of chunks that are neighbours on both devices, on its way to the origin. Its request is never
-// submitted: it stands for the write that other snapshots are to be protected from.
+// submitted: it stands for the write that other snapshots are to be protected from, and completes when they are, or
+// with the error that makes the write impossible.
 type mergeRun struct {
 	m      *Merge
 	from   cowstore.Record // the first
@@ -532,15 +551,24 @@ func (x *mergeRun) start(queue block.Queue, copied chan<- error) {
 	x.r.Reset()
 	x.r.Op, x.r.Queue, x.r.Offset = block.OpWrite, queue, offset
 	x.r.Length = min(int64(x.count)<<s.chunkShift, s.size-offset)
+	x.r.Push(x)
 	x.Wake(&x.r)
 }
 
 // Wake copies, unless another snapshot has to copy first.
-func (x *mergeRun) Wake(*block.Request) {
-	m := x.m
-	if !preserved(&x.r, m.origin.Snapshots(), x) {
+func (x *mergeRun) Wake(r *block.Request) {
+	if preserved(r, x.m.origin.Snapshots(), x) {
+		r.Complete(nil)
+	}
+}
+
+// Complete copies, now that the other snapshots have what the run overwrites.
+func (x *mergeRun) Complete(_ *block.Request, err error) {
+	if err != nil {
+		x.copied <- err
 		return
 	}
+	m := x.m
 	x.job.From = kcopyd.Region{Device: m.cow, Offset: m.snapshot.chunkSize.Offset(x.from.New)}
 	x.dest[0] = kcopyd.Region{Device: m.device, Offset: x.r.Offset}
 	x.job.To, x.job.Length, x.job.Queue = x.dest[:], x.r.Length, x.r.Queue

@@ -382,3 +382,30 @@ func TestNewMergeErrors(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestMergeFromLargerBlocks: requests that do not fit the COW device's logical block are refused where they concern it.
+func TestMergeFromLargerBlocks(t *testing.T) {
+	g := newMerging(t, "scaled", false, 11, 1<<20, 4*kib)
+	g.cowRAM.limits.LogicalBlock = 512
+	g.begin(20)
+	on, off := int64(-1), int64(-1) // chunks that are on the COW device, and not
+	for chunk := range cowstore.Chunk(256) {
+		if g.snap.lookup(chunk).readable() {
+			on = int64(chunk) * 4 * kib
+		} else {
+			off = int64(chunk) * 4 * kib
+		}
+	}
+	start(g.dev, block.OpWrite, 0, on+1, []byte("x")).want(t, syscall.EINVAL)
+	start(g.dev, block.OpRead, 0, on+1, make([]byte, 1)).want(t, syscall.EINVAL)
+	start(g.dev, block.OpRead, 0, on, make([]byte, 512)).wantData(t, g.view[on:on+512])
+	start(g.dev, block.OpWrite, 0, off+1, []byte("x")).want(t, nil)
+	g.view[off+1] = 'x'
+	g.check()
+	g.merge.Start()
+	<-g.finished
+	start(g.dev, block.OpWrite, 0, on+1, []byte("y")).want(t, nil)
+	g.view[on+1] = 'y'
+	g.check()
+	g.close()
+}

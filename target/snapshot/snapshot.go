@@ -52,6 +52,9 @@ type Config struct {
 	Warned func(percent int)
 	// Overflowed is called, with no lock held, when the snapshot overflows (FullOverflow). It must not block. May be nil.
 	Overflowed func(cause error)
+	// Stalled is called, with no lock held, when a request begins to wait for room (FullThrottle) and none waited
+	// before. It must not block. May be nil.
+	Stalled func()
 	// Invalidated is called once, with no lock held, when the snapshot becomes invalid. It must not block. May be nil.
 	Invalidated func(cause error)
 }

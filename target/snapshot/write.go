@@ -105,10 +105,15 @@ func (s *Snapshot) writeNew(r *block.Request) bool {
 	if s.claim(e, s.table.find(start), end) == 0 {
 		return false
 	}
-	if got := s.allocate(e, forSnapshot); got == roomLater {
-		s.stall(r, s)
+	switch s.allocate(e, forSnapshot) {
+	case roomFound:
+	case roomLater:
+		s.hold(stalled, r, s)
 		return true
-	} else if got != roomFound {
+	case roomRefused:
+		s.hold(refused, r, s)
+		return true
+	case roomNever:
 		return false // the snapshot is invalid now, or has overflowed: look again
 	}
 	if !s.covers(start, r.Offset, r.End()) {
