@@ -12,6 +12,8 @@ import (
 	"sync"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"cowherd/backend/file"
 	"cowherd/internal/fixture"
 )
@@ -26,11 +28,36 @@ var fixtures struct {
 	err error
 }
 
+// scratch makes a directory for images: in memory, where there is room, because merges flush what they write.
+func scratch() (string, error) {
+	const shm, room = "/dev/shm", 2 << 30
+	var fs unix.Statfs_t
+	if err := unix.Statfs(shm, &fs); err != nil || int64(fs.Bavail)*fs.Bsize < room {
+		return os.MkdirTemp("", "cowherd-fixtures-*")
+	}
+	return os.MkdirTemp(shm, "cowherd-fixtures-*")
+}
+
+// scratchDir is a scratch directory for the time of a test.
+func scratchDir(t *testing.T) string {
+	t.Helper()
+	dir, err := scratch()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
 // unpacked is the directory with the fixtures.
 func unpacked(t *testing.T) string {
 	t.Helper()
 	fixtures.Do(func() {
-		if fixtures.dir, fixtures.err = os.MkdirTemp("", "cowherd-fixtures-*"); fixtures.err != nil {
+		if fixtures.dir, fixtures.err = scratch(); fixtures.err != nil {
 			return
 		}
 		all, err := fixture.All()
@@ -79,7 +106,7 @@ func eachFixture(t *testing.T, f func(t *testing.T, x fixture.Fixture, origin, c
 			t.Fatal(err)
 		}
 		t.Run("more/"+x.Name, func(t *testing.T) {
-			dir := t.TempDir()
+			dir := scratchDir(t)
 			for _, image := range []string{"origin.img", "cow.img"} {
 				c := exec.Command("zstd", "-q", "-d", "--long=27", "-o", filepath.Join(dir, image),
 					filepath.Join(filepath.Dir(cow), image+".zst"))
@@ -98,11 +125,17 @@ func eachFixture(t *testing.T, f func(t *testing.T, x fixture.Fixture, origin, c
 // fixtureFile is a copy of a file of a fixture, to be changed.
 func fixtureFile(t *testing.T, name, image string) string {
 	t.Helper()
-	p, err := os.ReadFile(filepath.Join(unpacked(t), name, image))
+	return copyOf(t, filepath.Join(unpacked(t), name, image))
+}
+
+// copyOf is a copy of a file, to be changed.
+func copyOf(t *testing.T, path string) string {
+	t.Helper()
+	p, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(t.TempDir(), image)
+	path = filepath.Join(scratchDir(t), filepath.Base(path))
 	if err := os.WriteFile(path, p, 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -53,7 +53,7 @@ type diffReport struct {
 // TestFixtureViews: the view of a store that the kernel has made is what the kernel showed, and so is what differs.
 func TestFixtureViews(t *testing.T) {
 	eachFixture(t, func(t *testing.T, x fixture.Fixture, origin, cow string) {
-		out := filepath.Join(t.TempDir(), "out.img")
+		out := filepath.Join(scratchDir(t), "out.img")
 		r := cowherd(t, "cow", "export", "--origin", origin, cow, out)
 		want := viewSum(x)
 		if want == "" {
@@ -105,7 +105,7 @@ func checkDiff(t *testing.T, originPath, cow, viewPath string) {
 func TestCOWExport(t *testing.T) {
 	dir := unpacked(t)
 	origin, cow := filepath.Join(dir, "e-po-overflow/origin.img"), filepath.Join(dir, "e-po-overflow/cow.img")
-	out := filepath.Join(t.TempDir(), "out.img")
+	out := filepath.Join(scratchDir(t), "out.img")
 	r := cowherd(t, "cow", "export", "--origin", origin, cow, out, "--json", "--progress", "json")
 	report := decode[exportReport](t, r)
 	if r.status != exitOK || report.SizeBytes != 64<<20 || report.WrittenBytes == 0 || report.WrittenBytes > 40<<20 {
@@ -168,7 +168,7 @@ func TestCOWExportRefuses(t *testing.T) {
 // TestExportInterrupted: what is incomplete vanishes.
 func TestExportInterrupted(t *testing.T) {
 	dir := unpacked(t)
-	out := filepath.Join(t.TempDir(), "out.img")
+	out := filepath.Join(scratchDir(t), "out.img")
 	var stdout, stderr bytes.Buffer
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -303,20 +303,6 @@ func TestFixtureMerges(t *testing.T) {
 	})
 }
 
-// copyOf is a copy of a file, to be changed.
-func copyOf(t *testing.T, path string) string {
-	t.Helper()
-	p, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	path = filepath.Join(t.TempDir(), filepath.Base(path))
-	if err := os.WriteFile(path, p, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return path
-}
-
 // TestMergeInterrupted: an interrupted merge goes on, and the view stays what it was meanwhile.
 func TestMergeInterrupted(t *testing.T) {
 	origin, cow := fixtureFile(t, "a-snap-p-4k", "origin.img"), fixtureFile(t, "a-snap-p-4k", "cow.img")
@@ -336,7 +322,7 @@ func TestMergeInterrupted(t *testing.T) {
 		}
 	}
 	cowherd(t, "cow", "check", cow, "--origin", origin).want(t, exitOK, "", "")
-	out := filepath.Join(t.TempDir(), "out.img")
+	out := filepath.Join(scratchDir(t), "out.img")
 	cowherd(t, "cow", "export", "--origin", origin, cow, out).want(t, exitOK, "", "")
 	if sumOf(t, out) != want {
 		t.Fatal("the view is another one")
