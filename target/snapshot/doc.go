@@ -16,6 +16,9 @@
 //	  else:            r waits on one pending exception and is mapped anew when that one ends
 //
 //	copied(exception)                                   on whichever goroutine ended the copy
+//	  transient: publish; persistent: store.Commit, which calls publish when the records are durable
+//
+//	publish(exception)
 //	  slot := draining, new chunk                       from here on readers of the snapshot go to the COW device
 //	  tracked reads of these chunks in flight: the last of them goes on with finish
 //	  finish: slot := copied; those who wait are mapped anew
@@ -27,6 +30,11 @@
 // reader sees the new chunk, or the exception sees the reader and waits for it before any write to the origin is let
 // through. If the snapshot becomes invalid meanwhile, writes to the origin no longer wait, and the read fails when it
 // finds, after its I/O, that the snapshot is invalid.
+//
+// # Invalid, and known to be
+//
+// When a persistent snapshot becomes invalid its store is made to say so first; writes that the snapshot should have
+// preserved wait for that (verdict). A store that cannot be written any more does not hold them up.
 //
 // # States of a slot
 //
@@ -46,5 +54,7 @@
 //
 // Every lock is a leaf: none is held while another is taken, across I/O, or in a callback.
 //
-//	tableShard.mu, slabFiller.mu, exceptionPool.mu, exceptionShard.mu, trackShard.mu, retryShard.mu
+//	tableShard.mu, slabFiller.mu, exceptionPool.mu, exceptionShard.mu, trackShard.mu, retryShard.mu, fullness.mu, Merge.mu
+//
+// but for fullness.growing, which is held while the COW device grows, and fullness.mu and the store's locks in it.
 package snapshot
