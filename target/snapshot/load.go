@@ -2,6 +2,7 @@ package snapshot
 
 import (
 	"fmt"
+	"runtime"
 	"sync/atomic"
 	"syscall"
 	"unsafe"
@@ -43,12 +44,14 @@ func (l *tableLoader) Expect(records uint64) {
 		size *= 2
 	}
 	all := make(tableIndex, size*tableShards)
-	adviseHuge(unsafe.Pointer(unsafe.SliceData(all)), unsafe.Sizeof(all[0])*uintptr(len(all)))
+	l.many = records >= manyRecords
+	if l.many {
+		adviseHuge(unsafe.Pointer(unsafe.SliceData(all)), unsafe.Sizeof(all[0])*uintptr(len(all)))
+	}
 	for i := range l.table.shards {
 		index := all[i*size : (i+1)*size : (i+1)*size]
 		l.table.shards[i].index.Store(&index)
 	}
-	l.many = records >= manyRecords
 }
 
 const (
@@ -60,12 +63,13 @@ const (
 
 // adviseHuge asks for huge pages for memory that has not been touched. A million random exceptions take 12,000 small
 // pages, and the faults for them may take longer than all the rest. It is a hint: whether it is taken does not matter,
-// nor that what lies beside the memory in the first and the last huge page is advised as well.
+// nor that what lies beside the memory in the first and the last huge page is advised as well. There may be nothing: the
+// garbage collector takes a pointer to where the first page begins for a sign of corruption, so there must never be one.
 func adviseHuge(p unsafe.Pointer, length uintptr) {
 	const page = 2 << 20
 	skip := uintptr(p) % page
-	whole := unsafe.Slice((*byte)(unsafe.Add(p, -int(skip))), (skip+length+page-1)/page*page)
-	_ = syscall.Madvise(whole, syscall.MADV_HUGEPAGE)
+	_, _, _ = syscall.Syscall(syscall.SYS_MADVISE, uintptr(p)-skip, (skip+length+page-1)/page*page, syscall.MADV_HUGEPAGE)
+	runtime.KeepAlive(p)
 }
 
 // Insert adds those of the records that are the worker's.
