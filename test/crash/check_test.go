@@ -199,7 +199,7 @@ func (k *checker) look(images []*fault.Image, killed bool) error {
 	case !t.valid:
 		return k.lookInvalid(images)
 	}
-	if err := t.view(k.expect, k.origin, k.cow); err != nil {
+	if err := errors.Join(examine(images[1], k.c), t.view(k.expect, k.origin, k.cow)); err != nil {
 		return err
 	}
 	if err := k.views[onSnapshot].check(k.expect, killed); err != nil {
@@ -210,6 +210,17 @@ func (k *checker) look(images []*fault.Image, killed bool) error {
 		k.rests++
 	}
 	return k.reopen(images, t.rest)
+}
+
+// examine runs cowherd's own checker over a COW device.
+func examine(cow block.Device, c *config) error {
+	var violations []error
+	_, err := cowstore.Check(cow, cowstore.CheckConfig{OriginSize: c.origin, Report: func(f *cowstore.Finding) {
+		if f.Violation {
+			violations = append(violations, fmt.Errorf("the checker says: %v", f))
+		}
+	}})
+	return errors.Join(append(violations, err)...)
 }
 
 // lookUnmade checks a device on which a store was being made: it holds none, an empty one, or still the one before.
@@ -289,7 +300,7 @@ func (k *checker) lookAgain(images []*fault.Image) error {
 	if at := differs(images[0].Content(), k.origin); at >= 0 {
 		return fmt.Errorf("byte %d of the origin is wrong", at)
 	}
-	if err := t.view(k.got, k.origin, images[1].Content()); err != nil {
+	if err := errors.Join(examine(images[1], k.c), t.view(k.got, k.origin, images[1].Content())); err != nil {
 		return err
 	}
 	if at := differs(k.got, k.expect); at >= 0 {

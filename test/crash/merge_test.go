@@ -255,7 +255,9 @@ func (k *mergeChecker) look(images []*fault.Image, killed bool) error {
 	if err != nil || !other.valid {
 		return fmt.Errorf("the other store: valid %v, %w", other != nil && other.valid, err)
 	}
-	if err := errors.Join(table.view(k.view, k.origin, k.cow), other.view(k.frozen, k.origin, k.other)); err != nil {
+	err = errors.Join(examine(images[1], k.c), examine(images[2], k.c))
+	err = errors.Join(err, table.view(k.view, k.origin, k.cow), other.view(k.frozen, k.origin, k.other))
+	if err != nil {
 		return err
 	}
 	if err := k.views[onOrigin].check(k.view, killed); err != nil {
