@@ -552,6 +552,23 @@ func (l lossy) Submit(r *block.Request) {
 	l.leaf.Submit(r)
 }
 
+// TestTakeFlushes: what a persistent snapshot shows of its origin is durable when it is taken, or it is not taken.
+func TestTakeFlushes(t *testing.T) {
+	d := startDaemon(t, testConfig(t))
+	attach(t, d, "vm", image(t, 64<<10))
+	o, err := d.names.origin("vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	sound := o.backing.leaf
+	o.backing.leaf = lossy{sound}
+	_, err = d.TakeSnapshot(t.Context(), api.SnapshotRequest{Name: "vm@p", Persistent: true})
+	wantErrno(t, err, syscall.EIO, "flush the origin")
+	take(t, d, api.SnapshotRequest{Name: "vm@n"}) // has nothing that lasts
+	o.backing.leaf = sound
+	take(t, d, api.SnapshotRequest{Name: "vm@p", Persistent: true})
+}
+
 // TestDetachLoses: a device that cannot be flushed is let go of, and it is said that something may be lost.
 func TestDetachLoses(t *testing.T) {
 	d := startDaemon(t, testConfig(t))

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"cowherd/api"
+	"cowherd/block"
 	"cowherd/cowstore"
 	"cowherd/dm"
 	"cowherd/internal/size"
@@ -98,7 +99,13 @@ func (d *Daemon) take(ctx context.Context, o *origin, r api.SnapshotRequest) (ap
 
 // add adds a new snapshot to its origin, and makes it durable that it is there. If it fails it is not.
 func (d *Daemon) add(ctx context.Context, s *snap) (stall time.Duration, err error) {
+	if err := s.flushOrigin(); err != nil { // most of it while requests go on
+		return 0, err
+	}
 	stall, err = d.change(ctx, s.origin, func() error {
+		if err := s.flushOrigin(); err != nil {
+			return err
+		}
 		if err := s.origin.target.Add(s.target); err != nil {
 			return err
 		}
@@ -115,6 +122,18 @@ func (d *Daemon) add(ctx context.Context, s *snap) (stall time.Duration, err err
 		return 0, errors.Join(err, dropped, undone)
 	}
 	return stall, nil
+}
+
+// flushOrigin makes durable what a persistent snapshot shows of its origin: what the origin loses in a power failure the
+// snapshot would lose with it, though it had shown it.
+func (s *snap) flushOrigin() error {
+	if s.store == nil {
+		return nil
+	}
+	if err := block.Flush(s.origin.backing); err != nil {
+		return fmt.Errorf("flush the origin: %w", err)
+	}
+	return nil
 }
 
 // remember puts s into the state file, in some phase.
