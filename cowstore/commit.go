@@ -2,6 +2,7 @@ package cowstore
 
 import (
 	"fmt"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -184,7 +185,12 @@ func (x *committing) init(p *Persistent) {
 // runCommits moves commits on until it has to wait for I/O, whose last completion calls it again, or nothing is left.
 func (p *Persistent) runCommits() {
 	x := &p.commit
-	for p.nextStage() {
+	for {
+		// Let those commit who are about to: where I/O is over when Submit returns, the runner would not wait for anything.
+		runtime.Gosched()
+		if !p.nextStage() {
+			return
+		}
 		x.barrier.Store(1)
 		switch x.stage {
 		case putting:
