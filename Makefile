@@ -30,7 +30,7 @@ IMAGE      ?=
 TOOLS      := bin/tools
 BENCHMARKED = $(shell grep -rl --include='*_test.go' '^func Benchmark' . | xargs -r dirname | sort -u)
 
-.PHONY: build demo test check fmt vet staticcheck checklocks archtest cross tools bench stress kill fuzz crash clean help
+.PHONY: build demo test interop check fmt vet staticcheck checklocks archtest cross tools bench stress kill fuzz crash clean help
 
 ## build: bin/cowherd (what plain `make` does)
 build:
@@ -45,6 +45,13 @@ test:
 	@scripts/clients.sh test
 	@TESTFLAGS='$(TESTFLAGS)' scripts/test.sh $(PKG)
 
+## interop: hand snapshots to and fro between cowherd and a Linux under emulation, a few minutes (TESTFLAGS, KERNEL)
+interop:
+	@scripts/clients.sh interop
+	@mkdir -p $(TOOLS)
+	@go build -o $(TOOLS)/testsummary ./internal/testsummary
+	@go test -tags interop -count=1 -timeout 30m -json $(TESTFLAGS) ./test/interop | $(TOOLS)/testsummary
+
 ## check: everything that can be found without running the program
 check: fmt vet staticcheck checklocks archtest cross
 	@echo 'check: all is well'
@@ -55,15 +62,15 @@ fmt:
 
 ## vet: go vet
 vet:
-	go vet $(PKG)
+	go vet -tags interop $(PKG)
 
 ## staticcheck: staticcheck, configured by staticcheck.conf
 staticcheck: tools
-	$(TOOLS)/staticcheck $(PKG)
+	$(TOOLS)/staticcheck -tags interop $(PKG)
 
 ## checklocks: fields and functions annotated with +checklocks are used with their lock held
 checklocks: tools
-	go vet -vettool=$(CURDIR)/$(TOOLS)/checklocks $(PKG)
+	go vet -tags interop -vettool=$(CURDIR)/$(TOOLS)/checklocks $(PKG)
 
 ## archtest: imports point down the layers only; lock annotations are written so that checklocks sees them
 archtest:
@@ -73,7 +80,7 @@ archtest:
 cross:
 	GOOS=linux GOARCH=amd64 go build ./...
 	GOOS=linux GOARCH=arm64 go build ./...
-	GOOS=linux GOARCH=arm64 go vet ./...
+	GOOS=linux GOARCH=arm64 go vet -tags interop ./...
 
 # Always asked for and seldom built: the go command knows whether tools/go.mod or Go itself has changed.
 tools:

@@ -3,6 +3,7 @@
 #
 #   scripts/clients.sh test     what the tests talk to cowherd with, and a C compiler for the race detector
 #   scripts/clients.sh bench    that, and the servers that cowherd is measured beside
+#   scripts/clients.sh interop  what a guest with another kernel is made and run with
 #
 # Silent when nothing is missing. What is missing is installed from Debian's packages if this is root or sudo asks for
 # no password; INSTALL=no forbids it. Otherwise it says what is missing and succeeds: the tests that need it are
@@ -18,11 +19,20 @@ needs=(
 	nbdkit:nbdkit
 	mkfs.ext4:e2fsprogs e2fsck:e2fsprogs debugfs:e2fsprogs
 )
-case "${1-}" in
+use=${1-}
+case $use in
 test) ;;
 bench) needs+=(qemu-storage-daemon:qemu-system-common) ;;
+interop)
+	needs=(
+		qemu-system-x86_64:qemu-system-x86
+		busybox:busybox-static dmsetup:dmsetup
+		depmod:kmod modprobe:kmod
+		xz:xz-utils zstd:zstd
+	)
+	;;
 *)
-	echo "usage: $0 test|bench" >&2
+	echo "usage: $0 test|bench|interop" >&2
 	exit 2
 	;;
 esac
@@ -38,7 +48,7 @@ missing() {
 	for need in "${needs[@]}"; do
 		command -v "${need%%:*}" >/dev/null || echo "${need##*:}"
 	done | sort -u
-	has_c || printf '%s\n' gcc libc6-dev
+	[ "$use" = interop ] || has_c || printf '%s\n' gcc libc6-dev
 }
 
 # install installs the packages named, as root or by sudo.
