@@ -308,18 +308,23 @@ func (x *storeRig) fillStore(d block.Device, chunk cowstore.ChunkSize) error {
 	if err := p.Load(0, func(cowstore.Record) bool { return true }); err != nil {
 		return err
 	}
-	done := make(chan error, 1)
-	c := &cowstore.Commit{Done: func(c *cowstore.Commit) { done <- c.Err }}
-	order := x.rand.Perm(x.config.Records)
-	for left := order; len(left) > 0; left = left[1:] {
-		first, count, err := p.Allocate(0, 1)
-		if err != nil {
-			return err
+	const together = 4096
+	done := make(chan error, together)
+	for old := range slices.Chunk(x.rand.Perm(x.config.Records), together) {
+		for _, n := range old {
+			first, count, err := p.Allocate(0, 1)
+			if err != nil {
+				return err
+			}
+			p.Commit(&cowstore.Commit{
+				Old: cowstore.Chunk(n)*16 + cowstore.Chunk(n%13), New: first, Count: count,
+				Done: func(c *cowstore.Commit) { done <- c.Err },
+			})
 		}
-		c.Old, c.New, c.Count = cowstore.Chunk(left[0])*16+cowstore.Chunk(left[0]%13), first, count
-		p.Commit(c)
-		if err := <-done; err != nil {
-			return err
+		for range old {
+			if err := <-done; err != nil {
+				return err
+			}
 		}
 	}
 	p.Wait()
