@@ -50,7 +50,8 @@ interop:
 	@scripts/clients.sh interop
 	@mkdir -p $(TOOLS)
 	@go build -o $(TOOLS)/testsummary ./internal/testsummary
-	@go test -tags interop -count=1 -timeout 30m -json $(TESTFLAGS) ./test/interop | $(TOOLS)/testsummary
+	@read -ra flags <<<'$(TESTFLAGS)'; \
+		go test -tags interop -count=1 -timeout 30m -json "$${flags[@]}" ./test/interop | $(TOOLS)/testsummary
 
 ## check: everything that can be found without running the program
 check: fmt vet staticcheck checklocks archtest cross
