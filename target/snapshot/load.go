@@ -17,8 +17,9 @@ import (
 // between waiting for each cache miss and having several under way.
 type tableLoader struct {
 	table *table
-	many  bool         // records are expected
-	parts []loaderPart // by worker
+	many  bool               // records are expected
+	parts []loaderPart       // by worker
+	owner [tableShards]uint8 // the worker of each shard
 }
 
 // loaderPart is one worker's.
@@ -34,7 +35,11 @@ type loaderPart struct {
 }
 
 func newTableLoader(t *table, workers int) *tableLoader {
-	return &tableLoader{table: t, parts: make([]loaderPart, workers)}
+	l := &tableLoader{table: t, parts: make([]loaderPart, workers)}
+	for i := range l.owner {
+		l.owner[i] = uint8(i % workers)
+	}
+	return l
 }
 
 // Expect makes room in the index for so many random chunks, and a few more, for little is grown then.
@@ -81,7 +86,7 @@ func (l *tableLoader) Insert(worker int, records []cowstore.Record) (doubled int
 		}
 		number := uint64(r.Old) >> groupShift
 		shard := shardOf(number)
-		if shard%len(l.parts) != worker || p.err != nil {
+		if l.owner[shard] != uint8(worker) || p.err != nil {
 			continue
 		}
 		g := p.near
@@ -112,7 +117,7 @@ func (l *tableLoader) touch(p *loaderPart, worker int, records []cowstore.Record
 	sum := uint32(0)
 	for _, r := range records {
 		number := uint64(r.Old) >> groupShift
-		if shard := shardOf(number); shard%len(l.parts) == worker {
+		if shard := shardOf(number); l.owner[shard] == uint8(worker) {
 			index := *l.table.shards[shard].index.Load()
 			sum += index[entryHome(tableHash(number), number)&uint64(len(index)-1)].Load()
 		}
@@ -196,7 +201,7 @@ func (l *tableLoader) finish() error {
 	for i := range l.table.shards {
 		s := &l.table.shards[i]
 		s.mu.Lock()
-		s.groups = l.parts[i%len(l.parts)].groups[i]
+		s.groups = l.parts[l.owner[i]].groups[i]
 		s.mu.Unlock()
 	}
 	return nil
