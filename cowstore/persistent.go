@@ -17,12 +17,12 @@ type PersistentConfig struct {
 }
 
 // Persistent is the exception store of the kernel's type "P": a table of exceptions on the COW device itself, in the
-// format of format.go, that survives a restart. Safe for concurrent use, but for Load, which comes first.
+// format of format.go, that survives a restart. Safe for concurrent use, but for LoadTable, which comes first.
 //
 //	CreatePersistent or OpenPersistent    header
-//	Load                                  the table is streamed to the snapshot, gaps are found, the tail is cleaned
+//	LoadTable                             the table is streamed to the snapshot, gaps are found, the tail is cleaned
 //	Allocate, write the chunk, Commit     any number at a time: see commit.go
-//	Tail, Erase                           a merge takes the table back from its end: see tail.go
+//	Last, Erase                           a merge takes the table back from its end: see tail.go
 //	Invalidate                            at any time, once, for good
 //	Wait                                  nothing of the store's own I/O is in flight
 //
