@@ -81,7 +81,7 @@ func TestFioWhileSnapshotsComeAndGo(t *testing.T) {
 }
 
 func churn(t *testing.T, engine string, read bool) {
-	size, loops := int64(32*mib), 4
+	size, loops := int64(32*mib), 6
 	if underRace() {
 		size, loops = size/4, loops*4
 	}
