@@ -98,6 +98,33 @@ const (
 	WriteSequentially
 )
 
+// Class says what a job is for. Throttles and counters are by class.
+type Class uint8
+
+// The classes. The foreground waits for the first; the others are work in the background, which yields to it.
+const (
+	CopyOnWrite Class = iota // breaking a chunk or a region for a request that waits
+	Hydration                // filling a clone
+	Merge                    // merging a snapshot
+	Bulk                     // copying an image
+	ClassCount  = iota
+)
+
+// String is the class's name as it stands in status, counters and on the command line.
+func (c Class) String() string {
+	switch c {
+	case CopyOnWrite:
+		return "cow"
+	case Hydration:
+		return "hydration"
+	case Merge:
+		return "merge"
+	case Bulk:
+		return "bulk"
+	}
+	return "unknown"
+}
+
 // Region is a place on a device; its length is the job's.
 type Region struct {
 	Device block.Device
@@ -119,6 +146,7 @@ type Job struct {
 	To     []Region // at most DestinationsMax; the slice stays the caller's and must not change until Done
 	Length int64    // bytes; may be 0
 	Flags  Flags
+	Class  Class
 	Queue  block.Queue
 
 	// Done is called exactly once, with no lock held; the job is the caller's again from then on and may be

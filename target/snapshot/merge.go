@@ -572,6 +572,7 @@ func (x *mergeRun) Complete(_ *block.Request, err error) {
 	x.job.From = kcopyd.Region{Device: m.cow, Offset: m.snapshot.chunkSize.Offset(x.from.New)}
 	x.dest[0] = kcopyd.Region{Device: m.device, Offset: x.r.Offset}
 	x.job.To, x.job.Length, x.job.Queue = x.dest[:], x.r.Length, x.r.Queue
+	x.job.Class = kcopyd.Merge
 	m.snapshot.engine.Submit(&x.job)
 }
 
