@@ -91,6 +91,8 @@ type shard struct {
 	inUse int64 // bytes; negative where buffers of another shard's were given back
 	// +checklocks:mu
 	counted tally
+	// +checklocks:mu
+	counters
 }
 
 // take removes a free buffer; nil if there is none.
@@ -129,8 +131,7 @@ func (sh *shard) giveLocked(s *subJob) {
 		b.next, sh.free[b.class] = sh.free[b.class], b
 		sh.inUse -= b.size()
 	}
-	t := s.tally()
-	sh.counted.add(&t)
+	sh.countLocked(s)
 }
 
 // count adds t to the counters.

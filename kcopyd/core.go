@@ -3,6 +3,9 @@ package kcopyd
 import (
 	"sync"
 	"sync/atomic"
+	"time"
+
+	"cowherd/block"
 )
 
 // core is what both engines are made of: the buffers, the counters, and what is pooled.
@@ -11,6 +14,15 @@ type core struct {
 	driver driver
 	splits sync.Pool // of *split
 	fans   sync.Pool // of *fan
+
+	epoch     time.Time // what the engine's clock counts from
+	floor     int64     // bytes below which OffloadAuto never offloads
+	threshold int64     // bytes from which on it does; 0: what is learnt
+	methods   uint32    // that OffloadAuto may use, as bits
+	inline    bool      // offloads are done by who plans them
+	pairs     pairs
+	passages  sync.Pool      // of *passage
+	lanes     sync.WaitGroup // the goroutines of the lanes
 
 	closing atomic.Bool   // Close wants to know when no job is in flight
 	closed  atomic.Bool   // and there was none
@@ -30,8 +42,26 @@ func (c *core) init(config Config, d driver) {
 	c.driver = d
 	c.splits.New = func() any { return new(split) }
 	c.fans.New = func() any { return new(fan) }
+	c.passages.New = func() any { return new(passage) }
 	c.idle = make(chan struct{}, 1)
+	c.epoch = time.Now()
+	c.floor = config.OffloadFloor
+	if c.floor == 0 {
+		c.floor = offloadFloor
+	}
+	c.threshold = config.OffloadThreshold
+	c.methods = bit(block.CopyClone) | bit(block.CopyDevice)
+	if config.CopyServer {
+		c.methods |= bit(block.CopyServer)
+	}
+	c.pairs.core = c
 }
+
+// now is the engine's clock in ns.
+func (c *core) now() int64 { return int64(time.Since(c.epoch)) }
+
+// Forget drops what is known of a device. See Engine.
+func (c *core) Forget(d block.Device) { c.pairs.forget(d) }
 
 // inFlight is the number of jobs whose Done has not returned. When it is zero, there was a moment during the call
 // when there were none: what has finished is counted before what was submitted.
@@ -75,7 +105,7 @@ func (c *core) Stats() Stats {
 	c.pool.mu.Lock()
 	waiting, waits := c.pool.waiters.count, c.pool.waits
 	c.pool.mu.Unlock()
-	return Stats{
+	stats := Stats{
 		Jobs:          sum.jobs,
 		BytesRead:     sum.bytesRead,
 		BytesWritten:  sum.bytesWritten,
@@ -86,4 +116,6 @@ func (c *core) Stats() Stats {
 		JobsInFlight:  c.inFlight(),
 		BufferCeiling: c.pool.ceiling,
 	}
+	c.detail(&stats)
+	return stats
 }

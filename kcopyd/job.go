@@ -17,6 +17,9 @@ type jobState struct {
 	shard *shard // whose buffers and counters the job uses
 	step  int64  // bytes of a piece, but for the last
 	op    block.Op
+	// climbing: its pieces are planned one by one, since they may be offloaded.
+	climbing bool
+	course   course // of a job that climbs; guarded by mu
 
 	split *split       // the sub-jobs of a job of several pieces; nil: whole
 	live  atomic.Int32 // sub-jobs of split that have not left
@@ -76,14 +79,37 @@ func (c *core) begin(j *Job, sh *shard) subJobs {
 		return st.nothing(j)
 	}
 	st.step, st.op = SubJobSize, block.OpWrite
+	climbs, err := c.climbs(j)
+	if err != nil {
+		j.WriteErr, j.WriteBad = err, j.everyDestination()
+		return st.nothing(j)
+	}
+	if st.climbing = climbs; climbs {
+		return c.climb(j)
+	}
 	if j.From.Device == nil {
 		st.planZeroes(j.To)
 	}
 	if j.Length > st.step {
-		return c.split(j)
+		return c.split(j, phaseStart)
 	}
 	st.whole.start(j)
 	st.whole.length = j.Length
+	if j.From.Device == nil {
+		st.whole.method = methodZero
+	}
+	return st.whole.alone()
+}
+
+// climb gives a job that may be offloaded its sub-jobs.
+func (c *core) climb(j *Job) subJobs {
+	st := &j.state
+	st.course.began = c.now()
+	if j.Length > st.step {
+		return c.split(j, phasePlan)
+	}
+	st.whole.start(j)
+	st.whole.phase, st.whole.rest = phasePlan, j.Length
 	return st.whole.alone()
 }
 
@@ -107,8 +133,8 @@ func (st *jobState) planZeroes(to []Region) {
 	}
 }
 
-// split gives a job of several pieces its sub-jobs.
-func (c *core) split(j *Job) subJobs {
+// split gives a job of several pieces its sub-jobs, which start in the given phase.
+func (c *core) split(j *Job, first phase) subJobs {
 	st := &j.state
 	st.mu.Lock()
 	st.taken, st.turn, st.failed = 0, 0, false
@@ -123,6 +149,10 @@ func (c *core) split(j *Job) subJobs {
 	for i := range st.split.subJobs[:count] {
 		s := &st.split.subJobs[i]
 		s.start(j)
+		s.phase = first
+		if j.From.Device == nil {
+			s.method = methodZero
+		}
 		todo.push(s)
 	}
 	return todo
@@ -132,6 +162,10 @@ func (c *core) split(j *Job) subJobs {
 func (c *core) finish(j *Job) {
 	st := &j.state
 	sh := st.shard
+	if st.climbing {
+		st.climbing = false
+		c.conclude(j)
+	}
 	if sp := st.split; sp != nil {
 		st.split = nil
 		for i := range sp.subJobs {
@@ -179,6 +213,20 @@ func (j *Job) failWrite(s *subJob, i int, err error) {
 		j.WriteErr = fmt.Errorf("kcopyd: destination %d: %w", i, err)
 	}
 	j.WriteBad |= 1 << i
+	st.failed = true
+}
+
+// failOffload notes that the piece of s could not be offloaded. An offload does not tell a source that cannot be read
+// from a destination that cannot be written, so that all its errors are the destination's.
+func (j *Job) failOffload(s *subJob, err error) {
+	st := &j.state
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	s.bad++
+	if j.WriteErr == nil {
+		j.WriteErr = fmt.Errorf("kcopyd: destination 0, or its source: %w", err)
+	}
+	j.WriteBad |= 1
 	st.failed = true
 }
 

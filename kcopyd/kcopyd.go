@@ -36,6 +36,27 @@
 // with the size of a job, no list is touched, and the I/O costs one atomic addition. A completion that comes later goes
 // on itself (scaled) or hands the sub-job to the worker (serialised).
 //
+// # Offload
+//
+// A job with one source and one destination, without flags, and of at least Config.OffloadFloor bytes climbs: each of its
+// parts looks for a way to be copied without the data passing through the process (plan.go).
+//
+//	sub-job:  find the leaves below the next part (block.Remapper), and hold the layers
+//	          pair := source leaf, destination leaf     unknown: the destination is asked for its offers, once
+//	          the first route of the pair that is not absent, may be used, and fits the alignment:
+//	              learnt to be faster for the job's size      none: let the layers go, read and write a piece
+//	          wait in the destination's lane, call block.Copier.Copy until the part is copied
+//	              short: go on; ENOTSUP or no progress: the route is absent from now on, plan the rest anew;
+//	              any other error is the job's
+//	          let the layers go, start from the next part
+//
+// An unaligned head or tail is read and written. The calls are made by the goroutines of a lane (lane.go), as many at a
+// time as the destination gains from, because they block. Layers are held while a part is in the lane, and never while a
+// plain request is submitted: a layer that is being suspended would wait for the holder, who would wait for it.
+//
+// What is faster is learnt for each route and size (learn.go), from 64 KiB on being offloaded at first. Small jobs pay
+// one comparison for all this.
+//
 // # Buffers
 //
 // Each queue's shard keeps the free buffers of its jobs, in classes of powers of two from 4 KiB to SubJobSize. What
@@ -67,6 +88,9 @@
 //	pool.mu
 //	    shard.mu
 //	        jobState.mu
+//	            learnt.mu
+//	pairs.mu
+//	lane.mu
 //	Serialised.mu
 package kcopyd
 
@@ -142,12 +166,13 @@ type Region struct {
 // Zeroing uses the destinations' write-zeroes operation if all of them have it, in pieces of the largest size that
 // all of them take; otherwise zeroes are written.
 type Job struct {
-	From   Region
-	To     []Region // at most DestinationsMax; the slice stays the caller's and must not change until Done
-	Length int64    // bytes; may be 0
-	Flags  Flags
-	Class  Class
-	Queue  block.Queue
+	From    Region
+	To      []Region // at most DestinationsMax; the slice stays the caller's and must not change until Done
+	Length  int64    // bytes; may be 0
+	Flags   Flags
+	Class   Class
+	Offload Offload // by what it may be copied
+	Queue   block.Queue
 
 	// Done is called exactly once, with no lock held; the job is the caller's again from then on and may be
 	// submitted anew. Scaled: on the goroutine that finished the last I/O, possibly before Submit returns, so that
@@ -178,6 +203,9 @@ type Engine interface {
 	Submit(j *Job)
 	// Stats are the engine's counters since it was made.
 	Stats() Stats
+	// Forget drops what the engine has learnt about copies from and to a device, and its references to it. Who closes
+	// a device that jobs named, or that lay below one, calls it; otherwise the device is kept until it is displaced.
+	Forget(d block.Device)
 	// Close waits until no job is in flight and no Done is running, and stops the engine. No job may be submitted
 	// afterwards, but by the Done of a job in flight. It must not be called from a Done.
 	Close() error
@@ -188,6 +216,16 @@ type Config struct {
 	// BufferCeiling is the most that all buffers together may take, in bytes; 0 stands for BufferCeilingDefault,
 	// and less than SubJobSize for SubJobSize. What was taken is kept for use again.
 	BufferCeiling int64
+	// OffloadFloor is the size in bytes below which OffloadAuto never offloads; 0: 16 KiB.
+	OffloadFloor int64
+	// OffloadThreshold is the size in bytes of the jobs from which on OffloadAuto offloads, for all devices alike; 0: what
+	// is learnt. It is there to be compared with.
+	OffloadThreshold int64
+	// CopyServer lets jobs be copied by the servers of file systems (block.CopyServer). Some have corrupted data by it.
+	CopyServer bool
+	// OffloadInWorker has a serialised engine make the calls of offload in its worker, one after the other, as the
+	// kernel patches of 2022 and 2023 did, rather than in lanes. It is there to be compared with.
+	OffloadInWorker bool
 }
 
 // Stats count what an engine did. A job has been counted, in all but JobsInFlight, when its Done is called. Queues are
@@ -202,4 +240,8 @@ type Stats struct {
 	BufferWaits   uint64 `json:"buffer_waits"`   // sub-jobs that had to wait
 	JobsInFlight  int64  `json:"jobs_in_flight"` // submitted, and their Done has not returned
 	BufferCeiling int64  `json:"buffer_ceiling"` // bytes
+
+	Methods   []MethodStats   `json:"methods"`
+	Fallbacks []FallbackStats `json:"fallbacks"`
+	Routes    []RouteStats    `json:"routes"` // methods of offload between pairs of devices
 }

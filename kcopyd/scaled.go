@@ -48,6 +48,9 @@ func (e *Scaled) run(todo subJobs) {
 func (e *Scaled) advance(s *subJob, todo *subJobs) int {
 	restarts := 0
 	for {
+		if s.phase == phasePlan && !s.plan() {
+			return restarts
+		}
 		if s.phase == phaseStart && !e.pool.acquire(s) {
 			return restarts
 		}
@@ -74,13 +77,13 @@ func (e *Scaled) end(s *subJob, todo *subJobs) bool {
 		todo.push(next)
 	}
 	j.state.shard.give(s)
+	if s.goesOn() {
+		s.phase = s.again()
+		return true
+	}
 	if s.isWhole() {
 		e.finish(j)
 		return false
-	}
-	if s.length > 0 {
-		s.phase = phaseStart
-		return true
 	}
 	if s.leave() {
 		j.state.shard.count(j.tally())
@@ -112,5 +115,6 @@ func (e *Scaled) submitted() uint64 {
 func (e *Scaled) Close() error {
 	e.drain()
 	e.helpers.Wait()
+	e.lanes.Wait()
 	return nil
 }

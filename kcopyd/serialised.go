@@ -38,6 +38,7 @@ type Serialised struct {
 type lists struct {
 	callback subJobs // of jobs that only run their callback
 	complete subJobs // in phaseEnd
+	plan     subJobs // in phasePlan
 	pages    subJobs // in phaseStart
 	io       subJobs // in phaseTake, or in phaseWrite
 }
@@ -46,6 +47,7 @@ type lists struct {
 func (l *lists) join(m *lists) {
 	l.callback.join(&m.callback)
 	l.complete.join(&m.complete)
+	l.plan.join(&m.plan)
 	l.pages.join(&m.pages)
 	l.io.join(&m.io)
 }
@@ -63,6 +65,7 @@ type worker struct {
 func NewSerialised(config Config) *Serialised {
 	e := &Serialised{wake: make(chan struct{}, 1), stopped: make(chan struct{})}
 	e.core.init(config, e)
+	e.inline = config.OffloadInWorker
 	e.shard = e.pool.shards.Index(0)
 	go e.work()
 	return e
@@ -71,12 +74,15 @@ func NewSerialised(config Config) *Serialised {
 // Submit starts a job. See Engine. It never blocks.
 func (e *Serialised) Submit(j *Job) {
 	todo := e.begin(j, e.shard)
-	callback := todo.head.phase == phaseEnd
+	phase := todo.head.phase
 	e.mu.Lock()
 	e.jobs++
-	if callback {
+	switch phase {
+	case phaseEnd:
 		e.shared.callback.join(&todo)
-	} else {
+	case phasePlan:
+		e.shared.plan.join(&todo)
+	default:
 		e.shared.pages.join(&todo)
 	}
 	e.unlockAndWake()
@@ -111,6 +117,7 @@ func (e *Serialised) work() {
 	w := worker{Serialised: e}
 	for w.fetch() {
 		w.runComplete()
+		w.runPlan()
 		w.runPages()
 		w.runIO()
 		w.runComplete()
@@ -137,7 +144,7 @@ func (w *worker) fetch() bool {
 
 // runnable tells whether there is anything that need not wait for others.
 func (w *worker) runnable() bool {
-	return w.callback.head != nil || w.complete.head != nil || w.io.head != nil ||
+	return w.callback.head != nil || w.complete.head != nil || w.plan.head != nil || w.io.head != nil ||
 		(w.pages.head != nil && !w.blocked)
 }
 
@@ -180,14 +187,35 @@ func (w *worker) end(s *subJob) {
 		w.io.push(next)
 	}
 	switch {
+	case s.goesOn():
+		w.requeue(s)
 	case s.isWhole():
 		w.finish(j)
-	case s.length > 0:
-		s.phase = phaseStart
-		w.pages.push(s)
 	case s.leave():
 		w.shard.count(j.tally())
 		w.finish(j)
+	}
+}
+
+// requeue has s look for another piece.
+func (w *worker) requeue(s *subJob) {
+	if s.phase = s.again(); s.phase == phasePlan {
+		w.plan.push(s)
+	} else {
+		w.pages.push(s)
+	}
+}
+
+// runPlan finds out how pieces are to be copied.
+func (w *worker) runPlan() {
+	for s := w.plan.pop(); s != nil; s = w.plan.pop() {
+		switch {
+		case !s.plan(): // a lane has it
+		case s.phase == phaseStart:
+			w.pages.push(s)
+		default:
+			w.complete.push(s)
+		}
 	}
 }
 
@@ -265,5 +293,6 @@ func (e *Serialised) Close() error {
 		e.unlockAndWake()
 	})
 	<-e.stopped
+	e.lanes.Wait()
 	return nil
 }

@@ -10,10 +10,12 @@ import (
 type phase uint8
 
 const (
-	phaseStart phase = iota // find a buffer
-	phaseTake               // take a piece and read it
-	phaseWrite              // write it, when it is its turn
-	phaseEnd                // give the buffer back
+	phasePlan    phase = iota // find a piece, and a method to copy it by
+	phaseOffload              // copy it by offload, in a lane
+	phaseStart                // find a buffer
+	phaseTake                 // take a piece and read it
+	phaseWrite                // write it, when it is its turn
+	phaseEnd                  // give the buffer back
 )
 
 // A subJob copies pieces of a job, one at a time. It has one owner: the goroutine that runs it, the device that has
@@ -29,11 +31,16 @@ type subJob struct {
 	unread         bool  // it could not be read
 	cut            bool  // it is not written because of an error before it
 	bad            int   // destinations that it could not be written to; guarded by the job's state.mu during I/O
+	rest           int64 // bytes behind the piece that are to be planned by this sub-job
+	method         method
+	weight         uint8 // how many pieces its time counts for; 0: it is not timed
+	began          int64 // when it was begun, in ns of the engine's clock; valid if timed
 
 	buf     *buffer
 	barrier barrier
 	req     block.Request // the read, then the write to destination 0
 	fan     *fan          // the other writes; nil until there are some
+	passage *passage      // the way of the piece while it is being offloaded
 }
 
 // fan holds the requests for the destinations after the first. It is pooled.
@@ -44,7 +51,8 @@ type fan struct {
 // start makes s ready to work for j.
 func (s *subJob) start(j *Job) {
 	s.job, s.phase, s.parked = j, phaseStart, false
-	s.offset, s.length = 0, 0
+	s.offset, s.length, s.rest = 0, 0, 0
+	s.method, s.weight = methodReadWrite, 0
 	s.unread, s.cut, s.bad = false, false, 0
 }
 
@@ -75,7 +83,7 @@ func (s *subJob) wantsBuffer() bool {
 	if j.From.Device == nil {
 		return false
 	}
-	if s.isWhole() {
+	if s.isWhole() || j.state.climbing {
 		return true
 	}
 	st := &j.state
@@ -86,6 +94,9 @@ func (s *subJob) wantsBuffer() bool {
 
 // bufferClass is the class of the buffer that s needs.
 func (s *subJob) bufferClass() int {
+	if s.job.state.climbing {
+		return classOf(s.length)
+	}
 	return classOf(min(s.job.Length, s.job.state.step))
 }
 
@@ -103,9 +114,10 @@ func (j *Job) moreLocked() bool {
 	return true
 }
 
-// take gives s the next piece of its job; false when there is none. A sub-job that is whole has its piece.
+// take gives s the next piece of its job; false when there is none. A sub-job that is whole, or has planned, has its
+// piece.
 func (s *subJob) take() bool {
-	if s.isWhole() {
+	if s.isWhole() || s.job.state.climbing {
 		return true
 	}
 	s.unread, s.cut, s.bad, s.length = false, false, 0, 0
@@ -132,6 +144,7 @@ func (s *subJob) issue() bool {
 			return true
 		}
 		s.phase = phaseWrite
+		s.startClock()
 		if s.job.From.Device != nil && !s.read() {
 			return false
 		}
@@ -253,19 +266,35 @@ func (s *subJob) passTurn() *subJob {
 func (s *subJob) tally() tally {
 	j := s.job
 	var t tally
-	if s.isWhole() {
+	if s.isWhole() && !s.goesOn() {
 		t = j.tally()
 	}
 	if s.unread {
 		return t
 	}
-	if j.From.Device != nil {
+	if j.From.Device != nil && s.method == methodReadWrite {
 		t.bytesRead = uint64(s.length)
 	}
 	if !s.cut {
 		t.bytesWritten = uint64(s.length) * uint64(len(j.To)-s.bad)
 	}
 	return t
+}
+
+// goesOn tells whether s, whose piece has ended, is to look for another one.
+func (s *subJob) goesOn() bool {
+	if s.isWhole() {
+		return s.rest > 0 && s.job.Err() == nil
+	}
+	return s.length > 0 || s.rest > 0
+}
+
+// again is the phase in which s looks for another piece.
+func (s *subJob) again() phase {
+	if s.job.state.climbing {
+		return phasePlan
+	}
+	return phaseStart
 }
 
 // leave ends the work of s on a job of several pieces. It is true for the last to leave: the job is the caller's. For
