@@ -16,10 +16,21 @@
 // memory: it is as long as the submitters let it become. Submit never waits for a place in the ring, because a
 // completion may submit: the queue's own goroutine would wait for itself.
 //
-// The package has one lock, queue.mu; nothing is called with it held.
+// # Copy command and distance
+//
+// Devices that share a Controller are filled from each other by a copy command with the limits of NVMe's (copy.go), which
+// moves data where there is memory and takes the time it is told. A device with a Link is far away (link.go): its
+// requests share the link's bandwidth, reads one direction and writes the other, each direction through rings of its
+// own, since only there the times of completion are in order.
+//
+// Lock order; nothing is called with them held:
+//
+//	queue.mu
+//	    timeline.mu
 package null
 
 import (
+	"errors"
 	"fmt"
 	"math/bits"
 	"sync"
@@ -55,6 +66,12 @@ type Config struct {
 	Queues int
 	// Depth is the number of requests that one queue works on at a time, at most 1 Mi; the others wait. 0: 1024.
 	Depth int
+	// Name is what the device is called in counters.
+	Name string
+	// Controller gives the device a copy command, to be filled from devices with the same controller. nil: none.
+	Controller *Controller
+	// Link makes the device remote, together with a Latency, which must be given. nil: it is here.
+	Link *Link
 }
 
 // A Device is a null device. It starts as zeroes.
@@ -63,12 +80,17 @@ type Device struct {
 	limits  block.Limits
 	store   *sparse.Store // nil: nothing is kept
 	queues  []*queue      // none without a latency
+	reads   []*queue      // where reads go: queues, or with a link others
 	running sync.WaitGroup
+
+	name       string
+	controller *Controller
 }
 
 var (
 	_ block.Device       = (*Device)(nil)
 	_ block.ExtentLister = (*Device)(nil)
+	_ block.Copier       = (*Device)(nil)
 )
 
 // New makes a device. It fails with EINVAL when a field of the configuration is out of its range.
@@ -76,7 +98,7 @@ func New(c Config) (*Device, error) {
 	if err := c.normalize(); err != nil {
 		return nil, fmt.Errorf("null device: %w: %w", err, syscall.EINVAL)
 	}
-	d := &Device{size: c.Size, limits: block.NoLimits()}
+	d := &Device{size: c.Size, limits: block.NoLimits(), name: c.Name, controller: c.Controller}
 	d.limits.LogicalBlock = c.LogicalBlock
 	d.limits.PreferredIO = max(d.limits.PreferredIO, c.LogicalBlock)
 	d.limits.DiscardGranularity = int64(c.LogicalBlock)
@@ -85,14 +107,31 @@ func New(c Config) (*Device, error) {
 		d.limits.DiscardGranularity = sparse.PageSize
 	}
 	if c.Latency > 0 {
-		for range c.Queues {
-			q := newQueue(c.Latency, c.Depth)
-			d.queues = append(d.queues, q)
-			d.running.Go(q.run)
-		}
+		d.startQueues(c)
 	}
 	return d, nil
 }
+
+// startQueues makes the queues of a device with a latency.
+func (d *Device) startQueues(c Config) {
+	start := func(t *timeline) (queues []*queue) {
+		for range c.Queues {
+			q := newQueue(c.Latency, c.Depth, t)
+			queues = append(queues, q)
+			d.running.Go(q.run)
+		}
+		return queues
+	}
+	if c.Link == nil {
+		d.queues = start(nil)
+		d.reads = d.queues
+		return
+	}
+	d.queues, d.reads = start(&c.Link.up), start(&c.Link.down)
+}
+
+// String is the device's name.
+func (d *Device) String() string { return d.name }
 
 // normalize puts the defaults in and checks the rest.
 func (c *Config) normalize() error {
@@ -101,6 +140,9 @@ func (c *Config) normalize() error {
 	}
 	if c.Queues == 0 {
 		c.Queues = percpu.Count()
+	}
+	if c.Name == "" {
+		c.Name = "null"
 	}
 	if c.Depth == 0 {
 		c.Depth = defaultDepth
@@ -112,6 +154,8 @@ func (c *Config) normalize() error {
 		return fmt.Errorf("size %d is not a multiple of the logical block %d", c.Size, c.LogicalBlock)
 	case c.Latency < 0:
 		return fmt.Errorf("latency %v is negative", c.Latency)
+	case c.Link != nil && c.Latency == 0:
+		return errors.New("a link needs a latency, the time of a round trip")
 	case c.Queues < 1 || c.Queues > queuesMax:
 		return fmt.Errorf("%d queues are not from 1 to %d", c.Queues, queuesMax)
 	case c.Depth < 1 || c.Depth > depthMax:
@@ -144,7 +188,11 @@ func (d *Device) Submit(r *block.Request) {
 		r.Complete(nil)
 		return
 	}
-	d.queues[int(r.Queue)%len(d.queues)].submit(r)
+	queues := d.queues
+	if r.Op == block.OpRead {
+		queues = d.reads
+	}
+	queues[int(r.Queue)%len(queues)].submit(r)
 }
 
 // keep does r on the backing memory.
@@ -184,6 +232,9 @@ func (d *Device) Extents(offset, length int64, yield func(block.Extent) bool) er
 // With a latency, a request submitted afterwards fails with ESHUTDOWN.
 func (d *Device) Close() error {
 	for _, q := range d.queues {
+		q.close()
+	}
+	for _, q := range d.reads {
 		q.close()
 	}
 	d.running.Wait()

@@ -19,6 +19,7 @@ const spin = 100 * time.Microsecond
 type queue struct {
 	latency time.Duration
 	start   time.Time // what times of the ring count from
+	link    *timeline // what the data of requests crosses; may be nil
 
 	mu   sync.Mutex
 	work sync.Cond // the ring is not empty, or the queue is closing
@@ -37,8 +38,8 @@ type slot struct {
 	due     time.Duration // since queue.start
 }
 
-func newQueue(latency time.Duration, depth int) *queue {
-	q := &queue{latency: latency, start: time.Now(), ring: make([]slot, depth)}
+func newQueue(latency time.Duration, depth int, link *timeline) *queue {
+	q := &queue{latency: latency, start: time.Now(), ring: make([]slot, depth), link: link}
 	q.work.L = &q.mu
 	return q
 }
@@ -46,8 +47,13 @@ func newQueue(latency time.Duration, depth int) *queue {
 // now is the time since start, by the monotonic clock.
 func (q *queue) now() time.Duration { return time.Since(q.start) }
 
-// dueNow is when a request is due that enters the ring now.
-func (q *queue) dueNow() time.Duration { return q.now() + q.latency }
+// dueNow is when r is due if it enters the ring now.
+func (q *queue) dueNow(r *block.Request) time.Duration {
+	if q.link == nil {
+		return q.now() + q.latency
+	}
+	return q.link.reserve(int64(len(r.Data))).Sub(q.start) + q.latency
+}
 
 // submit takes r, which is complete but for the time.
 func (q *queue) submit(r *block.Request) {
@@ -73,7 +79,7 @@ func (q *queue) submit(r *block.Request) {
 //
 // +checklocks:q.mu
 func (q *queue) enterLocked(r *block.Request) {
-	q.ring[(q.head+q.count)%len(q.ring)] = slot{request: r, due: q.dueNow()}
+	q.ring[(q.head+q.count)%len(q.ring)] = slot{request: r, due: q.dueNow(r)}
 	q.count++
 }
 
@@ -122,10 +128,13 @@ func (q *queue) pop() *block.Request {
 	return r
 }
 
-// waitUntil returns at the time due or a few microseconds after it. The Go scheduler's own timers may be a millisecond
+// waitUntil is sleepUntil for a time of the ring.
+func (q *queue) waitUntil(due time.Duration) { sleepUntil(q.start.Add(due)) }
+
+// sleepUntil returns at the time due or a few microseconds after it. The Go scheduler's own timers may be a millisecond
 // late on an idle machine, hence the system call for what is long and yielding for the rest.
-func (q *queue) waitUntil(due time.Duration) {
-	for left := due - q.now(); left > 0; left = due - q.now() {
+func sleepUntil(due time.Time) {
+	for left := time.Until(due); left > 0; left = time.Until(due) {
 		if left <= spin {
 			runtime.Gosched()
 			continue
