@@ -24,6 +24,9 @@ type core struct {
 	passages  sync.Pool      // of *passage
 	lanes     sync.WaitGroup // the goroutines of the lanes
 
+	throttle *Throttle      // may be nil
+	helpers  sync.WaitGroup // goroutines for sub-jobs that have waited
+
 	closing atomic.Bool   // Close wants to know when no job is in flight
 	closed  atomic.Bool   // and there was none
 	idle    chan struct{} // a job has finished since closing was set; room for one
@@ -49,6 +52,7 @@ func (c *core) init(config Config, d driver) {
 	if c.floor == 0 {
 		c.floor = offloadFloor
 	}
+	c.throttle = config.Throttle
 	c.threshold = config.OffloadThreshold
 	c.methods = bit(block.CopyClone) | bit(block.CopyDevice)
 	if config.CopyServer {
@@ -76,6 +80,9 @@ func (c *core) inFlight() int64 {
 // drain waits until no job is in flight.
 func (c *core) drain() {
 	c.closing.Store(true)
+	if c.throttle != nil {
+		c.throttle.lift(c)
+	}
 	for c.inFlight() != 0 {
 		<-c.idle
 	}

@@ -91,6 +91,7 @@
 //	            learnt.mu
 //	pairs.mu
 //	lane.mu
+//	Throttle.mu
 //	Serialised.mu
 package kcopyd
 
@@ -216,6 +217,8 @@ type Config struct {
 	// BufferCeiling is the most that all buffers together may take, in bytes; 0 stands for BufferCeilingDefault,
 	// and less than SubJobSize for SubJobSize. What was taken is kept for use again.
 	BufferCeiling int64
+	// Throttle bounds what the engine does; nil: nothing. Engines may share one.
+	Throttle *Throttle
 	// OffloadFloor is the size in bytes below which OffloadAuto never offloads; 0: 16 KiB.
 	OffloadFloor int64
 	// OffloadThreshold is the size in bytes of the jobs from which on OffloadAuto offloads, for all devices alike; 0: what

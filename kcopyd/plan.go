@@ -85,12 +85,23 @@ func (s *subJob) resolve(at, left int64) (n int64, why reason) {
 		default:
 			x.route = r
 			s.passage = x
-			return min(body, offloadMax), reasonNone
+			return s.portion(r, body), reasonNone
 		}
 	}
 	x.close(j.Queue)
 	c.passages.Put(x)
+	if s.gentle {
+		left = min(left, gentlePiece)
+	}
 	return min(left, SubJobSize), why
+}
+
+// portion is how many of body bytes s is to offload at a time.
+func (s *subJob) portion(r *route, body int64) int64 {
+	if s.admitted && r.offer.Method != block.CopyClone {
+		return min(body, max(SubJobSize, r.offer.Granularity)) // the throttle has been paid for no more
+	}
+	return min(body, offloadMax)
 }
 
 // dispatch sends s, which has a piece, on its way. See plan.

@@ -1,6 +1,6 @@
 package kcopyd
 
-import "sync"
+import "runtime"
 
 // restartsMax bounds how many sub-jobs of others a goroutine runs that gave a buffer back, before it leaves the rest
 // to a goroutine of their own: nobody's Submit or completion is kept for as long as memory is short.
@@ -10,7 +10,6 @@ const restartsMax = 16
 // in the completions of their I/O, and queues share nothing unless memory is short.
 type Scaled struct {
 	core
-	helpers sync.WaitGroup // the goroutines that restartsMax asks for
 }
 
 // NewScaled makes a scaled engine.
@@ -48,6 +47,9 @@ func (e *Scaled) run(todo subJobs) {
 func (e *Scaled) advance(s *subJob, todo *subJobs) int {
 	restarts := 0
 	for {
+		if s.phase <= phaseStart && !s.admitted && e.throttle != nil && !e.throttle.admits(s) {
+			return restarts
+		}
 		if s.phase == phasePlan && !s.plan() {
 			return restarts
 		}
@@ -57,8 +59,12 @@ func (e *Scaled) advance(s *subJob, todo *subJobs) int {
 		if s.phase != phaseEnd && !s.issue() {
 			return restarts
 		}
+		gentle := s.gentle
 		more := e.end(s, todo)
 		restarts += e.pool.restart(todo)
+		if gentle {
+			runtime.Gosched() // who serves the foreground may be waiting for this CPU
+		}
 		if !more {
 			return restarts
 		}
@@ -75,6 +81,9 @@ func (e *Scaled) end(s *subJob, todo *subJobs) bool {
 	j := s.job
 	if next := s.passTurn(); next != nil {
 		todo.push(next)
+	}
+	if s.admitted {
+		e.throttle.leave(s)
 	}
 	j.state.shard.give(s)
 	if s.goesOn() {

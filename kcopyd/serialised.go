@@ -1,6 +1,9 @@
 package kcopyd
 
-import "sync"
+import (
+	"runtime"
+	"sync"
+)
 
 // batchMax bounds how many sub-jobs get their buffers before those before them have been issued: few enough that a
 // buffer is in the CPU's cache still when it is written. Copies of 4 KiB between devices in memory, 64 in flight, take
@@ -38,6 +41,7 @@ type Serialised struct {
 type lists struct {
 	callback subJobs // of jobs that only run their callback
 	complete subJobs // in phaseEnd
+	gate     subJobs // in phasePlan or phaseStart, and to pass the throttle first
 	plan     subJobs // in phasePlan
 	pages    subJobs // in phaseStart
 	io       subJobs // in phaseTake, or in phaseWrite
@@ -47,6 +51,7 @@ type lists struct {
 func (l *lists) join(m *lists) {
 	l.callback.join(&m.callback)
 	l.complete.join(&m.complete)
+	l.gate.join(&m.gate)
 	l.plan.join(&m.plan)
 	l.pages.join(&m.pages)
 	l.io.join(&m.io)
@@ -77,10 +82,12 @@ func (e *Serialised) Submit(j *Job) {
 	phase := todo.head.phase
 	e.mu.Lock()
 	e.jobs++
-	switch phase {
-	case phaseEnd:
+	switch {
+	case phase == phaseEnd:
 		e.shared.callback.join(&todo)
-	case phasePlan:
+	case e.throttle != nil:
+		e.shared.gate.join(&todo)
+	case phase == phasePlan:
 		e.shared.plan.join(&todo)
 	default:
 		e.shared.pages.join(&todo)
@@ -91,9 +98,14 @@ func (e *Serialised) Submit(j *Job) {
 // resume hands s to the worker.
 func (e *Serialised) resume(s *subJob) {
 	e.mu.Lock()
-	if s.phase == phaseEnd {
+	switch s.phase {
+	case phaseEnd:
 		e.shared.complete.push(s)
-	} else {
+	case phasePlan:
+		e.shared.plan.push(s)
+	case phaseStart:
+		e.shared.pages.push(s)
+	default:
 		e.shared.io.push(s)
 	}
 	e.unlockAndWake()
@@ -117,6 +129,7 @@ func (e *Serialised) work() {
 	w := worker{Serialised: e}
 	for w.fetch() {
 		w.runComplete()
+		w.runGate()
 		w.runPlan()
 		w.runPages()
 		w.runIO()
@@ -144,7 +157,8 @@ func (w *worker) fetch() bool {
 
 // runnable tells whether there is anything that need not wait for others.
 func (w *worker) runnable() bool {
-	return w.callback.head != nil || w.complete.head != nil || w.plan.head != nil || w.io.head != nil ||
+	return w.callback.head != nil || w.complete.head != nil || w.gate.head != nil ||
+		w.plan.head != nil || w.io.head != nil ||
 		(w.pages.head != nil && !w.blocked)
 }
 
@@ -186,6 +200,12 @@ func (w *worker) end(s *subJob) {
 	if next := s.passTurn(); next != nil {
 		w.io.push(next)
 	}
+	if s.gentle {
+		defer runtime.Gosched() // who serves the foreground may be waiting for this CPU
+	}
+	if s.admitted {
+		w.throttle.leave(s)
+	}
 	switch {
 	case s.goesOn():
 		w.requeue(s)
@@ -199,10 +219,29 @@ func (w *worker) end(s *subJob) {
 
 // requeue has s look for another piece.
 func (w *worker) requeue(s *subJob) {
-	if s.phase = s.again(); s.phase == phasePlan {
+	s.phase = s.again()
+	if w.throttle != nil {
+		w.gate.push(s)
+		return
+	}
+	w.route(s)
+}
+
+// route puts s, which is to look for a piece, in the list that it belongs to.
+func (w *worker) route(s *subJob) {
+	if s.phase == phasePlan {
 		w.plan.push(s)
 	} else {
 		w.pages.push(s)
+	}
+}
+
+// runGate lets through what the throttle admits. The rest it will resume.
+func (w *worker) runGate() {
+	for s := w.gate.pop(); s != nil; s = w.gate.pop() {
+		if w.throttle.admits(s) {
+			w.route(s)
+		}
 	}
 }
 
@@ -294,5 +333,6 @@ func (e *Serialised) Close() error {
 	})
 	<-e.stopped
 	e.lanes.Wait()
+	e.helpers.Wait()
 	return nil
 }

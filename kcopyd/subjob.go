@@ -34,12 +34,16 @@ type subJob struct {
 	rest           int64 // bytes behind the piece that are to be planned by this sub-job
 	method         method
 	weight         uint8 // how many pieces its time counts for; 0: it is not timed
+	admitted       bool  // by the throttle, which is to be told of its end
+	gentle         bool  // the foreground is busy: the piece is to be small
+	expects        int64 // bytes that the throttle was paid for
 	began          int64 // when it was begun, in ns of the engine's clock; valid if timed
 
 	buf     *buffer
 	barrier barrier
 	req     block.Request // the read, then the write to destination 0
 	fan     *fan          // the other writes; nil until there are some
+	wake    func()        // goOn; nil until s has waited for the throttle
 	passage *passage      // the way of the piece while it is being offloaded
 }
 
@@ -117,21 +121,42 @@ func (j *Job) moreLocked() bool {
 // take gives s the next piece of its job; false when there is none. A sub-job that is whole, or has planned, has its
 // piece.
 func (s *subJob) take() bool {
-	if s.isWhole() || s.job.state.climbing {
+	j := s.job
+	st := &j.state
+	if st.climbing {
+		return true
+	}
+	most := st.step
+	if s.gentle && st.op == block.OpWrite {
+		most = min(most, gentlePiece)
+	}
+	if s.isWhole() {
+		s.takePart(most)
 		return true
 	}
 	s.unread, s.cut, s.bad, s.length = false, false, 0, 0
-	j := s.job
-	st := &j.state
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if !j.moreLocked() {
 		return false
 	}
 	s.offset = st.taken
-	s.length = min(st.step, j.Length-st.taken)
+	s.length = min(most, j.Length-st.taken)
 	st.taken += s.length
 	return true
+}
+
+// takePart is take for a sub-job that is whole: its piece is all of the job that is left, or most bytes of it.
+func (s *subJob) takePart(most int64) {
+	if s.rest > 0 { // it has had a piece before
+		s.unread, s.cut, s.bad = false, false, 0
+		s.offset += s.length
+		s.length, s.rest = s.rest, 0
+	}
+	if s.length > most {
+		s.rest = s.length - most
+		s.length = most
+	}
 }
 
 // issue moves s on, from phaseTake or phaseWrite, as far as it goes without waiting. It is true when s is in phaseEnd
@@ -284,7 +309,7 @@ func (s *subJob) tally() tally {
 // goesOn tells whether s, whose piece has ended, is to look for another one.
 func (s *subJob) goesOn() bool {
 	if s.isWhole() {
-		return s.rest > 0 && s.job.Err() == nil
+		return s.rest > 0 && (s.job.Err() == nil || s.job.Flags == IgnoreErrors)
 	}
 	return s.length > 0 || s.rest > 0
 }
