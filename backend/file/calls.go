@@ -19,6 +19,13 @@ type calls struct {
 	seek        func(fd int, offset int64, whence int) (int64, error)
 	size        func(fd int) (int64, error)
 	truncate    func(fd int, size int64) error
+
+	// For copies to another descriptor.
+	clone     func(to, from int, source, destination, length int64) error
+	copyRange func(to, from int, source, destination, length int64) (int64, error)
+	nvme      func(fd int, request uint, c *nvmeCommand) (status int, err error)
+	writeBack func(fd int, offset, length int64) error
+	uncache   func(fd int, offset, length int64) (left uint64, err error)
 }
 
 // kernelCalls are the real ones.
@@ -35,6 +42,11 @@ func kernelCalls() calls {
 		seek:        unix.Seek,
 		size:        size,
 		truncate:    unix.Ftruncate,
+		clone:       cloneRange,
+		copyRange:   copyRange,
+		nvme:        nvme,
+		writeBack:   writeBack,
+		uncache:     uncache,
 	}
 }
 
@@ -96,4 +108,43 @@ func size(fd int) (int64, error) {
 	var st unix.Stat_t
 	err := unix.Fstat(fd, &st)
 	return st.Size, err
+}
+
+// cloneRange lets a range of the file to share the blocks of a range of the file from.
+func cloneRange(to, from int, source, destination, length int64) error {
+	return unix.IoctlFileCloneRange(to, &unix.FileCloneRange{
+		Src_fd: int64(from), Src_offset: uint64(source), Src_length: uint64(length), Dest_offset: uint64(destination),
+	})
+}
+
+// copyRange leaves a copy to the file system.
+func copyRange(to, from int, source, destination, length int64) (int64, error) {
+	n, err := unix.CopyFileRange(from, &source, to, &destination, int(length), 0)
+	return int64(n), err
+}
+
+// nvme sends a command to an NVMe controller and waits for it. The status is that of its completion, 0 if all is well.
+func nvme(fd int, request uint, c *nvmeCommand) (status int, err error) {
+	r, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), uintptr(request), uintptr(unsafe.Pointer(c)))
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(r), nil
+}
+
+// writeBack writes what is dirty in a range of the page cache, and waits for it; the disk's own cache is not flushed.
+func writeBack(fd int, offset, length int64) error {
+	return unix.SyncFileRange(fd, offset, length,
+		unix.SYNC_FILE_RANGE_WAIT_BEFORE|unix.SYNC_FILE_RANGE_WRITE|unix.SYNC_FILE_RANGE_WAIT_AFTER)
+}
+
+// uncache drops a range from the page cache that is not dirty, and tells how many pages are left in it nevertheless:
+// those that are in use, or are part of a larger one. ENOSYS: a kernel before 6.5 cannot tell.
+func uncache(fd int, offset, length int64) (left uint64, err error) {
+	if err := unix.Fadvise(fd, offset, length, unix.FADV_DONTNEED); err != nil {
+		return 0, err
+	}
+	var has unix.Cachestat_t
+	err = unix.Cachestat(uint(fd), &unix.CachestatRange{Off: uint64(offset), Len: uint64(length)}, &has, 0)
+	return has.Cache, err
 }

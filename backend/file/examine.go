@@ -21,6 +21,8 @@ func (d *Device) examineFile(st *unix.Stat_t) error {
 	if err := retry(func() error { return unix.Fstatfs(d.fd, &fs) }); err != nil {
 		return fmt.Errorf("fstatfs: %w", err)
 	}
+	d.id = identity{device: st.Dev, inode: st.Ino}
+	d.fsType, d.fsBlock = fs.Type, fs.Bsize
 	d.inMemory = fs.Type == unix.TMPFS_MAGIC || fs.Type == unix.RAMFS_MAGIC
 	if d.inMemory {
 		d.sys = d.sys.brief()
@@ -105,6 +107,7 @@ func (d *Device) examineBlock(st *unix.Stat_t) error {
 	if d.direct {
 		d.memoryAlign = logical
 	}
+	d.id = identity{device: st.Rdev, isBlock: true}
 	queue := sysfsQueue(st.Rdev)
 	l.PreferredIO = max(int(physical), pageSize, logical)
 	l.WriteZeroesMax = math.MaxInt64
@@ -138,13 +141,18 @@ func sysfsQueue(device uint64) string {
 
 // number is the attribute name in dir; 0 when there is none.
 func number(dir, name string) int64 {
-	text, err := os.ReadFile(dir + "/" + name)
-	if err != nil {
-		return 0
-	}
-	n, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+	n, err := readNumber(dir, name)
 	if err != nil {
 		return 0
 	}
 	return n
+}
+
+// readNumber reads the attribute name in dir.
+func readNumber(dir, name string) (int64, error) {
+	text, err := os.ReadFile(dir + "/" + name)
+	if err != nil {
+		return 0, err
+	}
+	return strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
 }

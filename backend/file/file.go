@@ -59,21 +59,25 @@ type Device struct {
 	limits block.Limits
 	sys    calls
 
-	isBlock     bool // a block device, not a regular file
-	inMemory    bool // on a file system that has its data in memory: nothing blocks for long
-	direct      bool // past the page cache
-	nowait      bool // reads can be tried without waiting for the disk
-	fastZeroout bool // the block device zeroes without writing
-	workersMax  int  // goroutines of one queue
-	memoryAlign int  // what addresses of buffers must be multiples of; 1 with the page cache
+	id          identity
+	fsType      int64 // of the file system, by statfs; 0 for a block device
+	fsBlock     int64 // the file system's block in bytes; 0 for a block device
+	isBlock     bool  // a block device, not a regular file
+	inMemory    bool  // on a file system that has its data in memory: nothing blocks for long
+	direct      bool  // past the page cache
+	nowait      bool  // reads can be tried without waiting for the disk
+	fastZeroout bool  // the block device zeroes without writing
+	workersMax  int   // goroutines of one queue
+	memoryAlign int   // what addresses of buffers must be multiples of; 1 with the page cache
 
 	queues  percpu.Shards[queue]
 	flusher flusher
 	failure atomic.Pointer[failure]
 	closed  atomic.Bool
-	idle    chan struct{} // tells Close, which it holds one message for, that a queue may have become empty
-	bounces sync.Pool     // of *[]byte, aligned
-	growing sync.Mutex    // one Grow at a time
+	idle    chan struct{}              // tells Close, which it holds one message for, that a queue may have become empty
+	bounces sync.Pool                  // of *[]byte, aligned
+	nvme    func() (*namespace, error) // what the block device is a part of, looked up once
+	growing sync.Mutex                 // one Grow at a time
 
 	// What has been found missing.
 	noPunch, noZeroRange, noZeroout, noDsync, noSeek atomic.Bool
@@ -83,7 +87,14 @@ var (
 	_ block.Device       = (*Device)(nil)
 	_ block.ExtentLister = (*Device)(nil)
 	_ block.Grower       = (*Device)(nil)
+	_ block.Copier       = (*Device)(nil)
 )
+
+// identity tells files apart, and block devices by their number, whatever they are opened by.
+type identity struct {
+	device, inode uint64 // a block device has only the first
+	isBlock       bool
+}
 
 // errClosed is the cause of what comes after Close.
 var errClosed = errors.New("the device is closed")

@@ -58,13 +58,8 @@ func (d *Device) sync() error {
 		return f
 	}
 	if !d.isBlock {
-		known := d.Size() // before the file is asked: Grow changes the file first
-		size, err := d.sys.size(d.fd)
-		if err != nil {
-			return d.fail(fmt.Errorf("fstat: %w", err))
-		}
-		if size < known {
-			return d.truncated(size)
+		if err := d.checkEnd(); err != nil {
+			return err
 		}
 	}
 	if err := retry(func() error { return d.sys.fdatasync(d.fd) }); err != nil {

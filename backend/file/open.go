@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -19,6 +20,9 @@ type Options struct {
 	Direct bool
 	// Shared leaves out the lock that keeps a regular file from other openers.
 	Shared bool
+	// Allocate gives a new file all its blocks at once (Create only), so that no write to it finds the disk full unless
+	// it has come to share blocks with another file. Without it the file begins as one hole.
+	Allocate bool
 }
 
 // Open opens a regular file or a block device, which keeps the size it has now. A regular file is locked (one writer,
@@ -45,8 +49,9 @@ func Open(path string, o Options) (*Device, error) {
 	return take(f, o)
 }
 
-// Create makes a regular file of size bytes, all holes, for its owner only, and opens it. It fails with EEXIST when
-// the name is taken.
+// Create makes a regular file of size bytes that reads as zeroes, for its owner only, and opens it. It fails with EEXIST
+// when the name is taken, and when o.Allocate asks for it with ENOSPC when there is no room, or ENOTSUP when the file
+// system cannot allocate ahead; no file is left behind.
 func Create(path string, size int64, o Options) (*Device, error) {
 	if o.ReadOnly {
 		return nil, fmt.Errorf("create %s: read-only: %w", path, unix.EINVAL)
@@ -56,7 +61,13 @@ func Create(path string, size int64, o Options) (*Device, error) {
 		return nil, err
 	}
 	var d *Device
-	if err = f.Truncate(size); err != nil {
+	if err = f.Truncate(size); err == nil && o.Allocate && size > 0 {
+		err = retry(func() error { return unix.Fallocate(int(f.Fd()), 0, 0, size) })
+		if err != nil {
+			err = fmt.Errorf("create %s: allocate %d bytes: %w", path, size, err)
+		}
+	}
+	if err != nil {
 		err = errors.Join(err, f.Close())
 	} else {
 		d, err = take(f, o)
@@ -150,6 +161,10 @@ func New(f *os.File, o Options) (*Device, error) {
 	if flags&unix.O_ACCMODE == unix.O_WRONLY {
 		return nil, errors.Join(fmt.Errorf("file %s: it is open for writing only: %w", f.Name(), unix.EINVAL), unix.Close(fd))
 	}
+	if flags&unix.O_APPEND != 0 && flags&unix.O_ACCMODE != unix.O_RDONLY {
+		return nil, errors.Join(fmt.Errorf("file %s: it is open for appending, which puts every write at its end: %w",
+			f.Name(), unix.EINVAL), unix.Close(fd))
+	}
 	o.ReadOnly = flags&unix.O_ACCMODE == unix.O_RDONLY
 	o.Direct = flags&unix.O_DIRECT != 0
 	return newDevice(fd, f.Name(), o)
@@ -166,6 +181,7 @@ func newDevice(fd int, path string, o Options) (*Device, error) {
 		queues:      percpu.New[queue](),
 		idle:        make(chan struct{}, 1),
 	}
+	d.nvme = sync.OnceValues(d.findNamespace)
 	d.limits.ReadOnly = o.ReadOnly
 	d.limits.NeedsFlush = !o.ReadOnly
 	d.workersMax = min(max(workersAll/d.queues.Len(), workersMin), workersMax)

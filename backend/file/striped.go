@@ -22,6 +22,8 @@ type Striped struct {
 var (
 	_ block.Device = (*Striped)(nil)
 	_ block.Grower = (*Striped)(nil)
+
+	_ block.Remapper = (*Striped)(nil)
 )
 
 // TempStriped makes a device of size bytes over count unlinked sparse files in dir. stripe is a power of two, in
@@ -81,6 +83,22 @@ func (s *Striped) place(offset int64) (*Device, int64) {
 	count := int64(len(s.files))
 	return s.files[stripe&(count-1)], stripe/count<<s.shift | within
 }
+
+// Remap implements block.Remapper: a range lies in one file up to the end of a stripe, or of all where there is but one
+// file. Who holds an answer is counted in the first file, which Close waits for before it closes the others.
+func (s *Striped) Remap(q block.Queue, offset, length int64) (to block.Device, at, n int64, ok bool) {
+	if !s.files[0].enter(s.files[0].queues.At(uint(q))) {
+		return nil, 0, 0, false
+	}
+	if len(s.files) == 1 {
+		return s.files[0], offset, length, true
+	}
+	file, at := s.place(offset)
+	return file, at, min(length, 1<<s.shift-offset&(1<<s.shift-1)), true
+}
+
+// Release implements block.Remapper.
+func (s *Striped) Release(q block.Queue) { s.files[0].leave(s.files[0].queues.At(uint(q))) }
 
 // Submit passes r to the file it lies in, or the parts of it to several.
 func (s *Striped) Submit(r *block.Request) {
