@@ -18,6 +18,7 @@ needs=(
 	nbdinfo:libnbd-bin nbdcopy:libnbd-bin
 	nbdkit:nbdkit
 	mkfs.ext4:e2fsprogs e2fsck:e2fsprogs debugfs:e2fsprogs
+	mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs
 )
 use=${1-}
 case $use in
