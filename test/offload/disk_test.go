@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -30,8 +31,10 @@ type fileSystem struct {
 var (
 	xfs   = fileSystem{"xfs", []string{"mkfs.xfs", "-q", "-m", "reflink=1"}, true, "nouuid"}
 	btrfs = fileSystem{"btrfs", []string{"mkfs.btrfs", "-q", "-m", "single"}, true, ""}
-	ext4  = fileSystem{"ext4", []string{"mkfs.ext4", "-q"}, false, ""}
-	tmpfs = fileSystem{"tmpfs", nil, false, ""}
+	// btrfsMixed keeps data and metadata in one place, so that it is full when it is full.
+	btrfsMixed = fileSystem{"btrfs", []string{"mkfs.btrfs", "-q", "--mixed"}, true, ""}
+	ext4       = fileSystem{"ext4", []string{"mkfs.ext4", "-q"}, false, ""}
+	tmpfs      = fileSystem{"tmpfs", nil, false, ""}
 
 	sharing     = []fileSystem{xfs, btrfs}
 	fileSystems = []fileSystem{xfs, btrfs, ext4, tmpfs}
@@ -194,4 +197,13 @@ func (d *disk) used() int64 {
 		d.t.Fatal(err)
 	}
 	return int64(st.Blocks-st.Bfree) * st.Bsize
+}
+
+// ioctl makes an ioctl with a structure.
+func ioctl(f *os.File, request uint, arg []byte) error {
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), uintptr(request), uintptr(unsafe.Pointer(unsafe.SliceData(arg))))
+	if errno != 0 {
+		return errno
+	}
+	return nil
 }
