@@ -114,6 +114,9 @@ func (d *Device) fail(cause error) *failure {
 // Path is the name that the device was opened by.
 func (d *Device) Path() string { return d.path }
 
+// String is the name that the device was opened by.
+func (d *Device) String() string { return d.path }
+
 // Size is the length in bytes that the file had when it was opened, or that Grow gave it.
 func (d *Device) Size() int64 { return d.size.Load() }
 

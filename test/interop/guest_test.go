@@ -68,11 +68,17 @@ type guest struct {
 // afterwards what the guest has left.
 func kernel(t *testing.T, script string, images ...string) *guest {
 	t.Helper()
+	return kernelOn(t, nil, script, images...)
+}
+
+// kernelOn is kernel on a machine that has more hardware, as qemu's arguments describe it.
+func kernelOn(t *testing.T, hardware []string, script string, images ...string) *guest {
+	t.Helper()
 	dir := needLab(t)
 	var err error
 	for range bootTries {
 		var g *guest
-		if g, err = boot(t.TempDir(), dir, prelude+script, images); err == nil {
+		if g, err = boot(t.TempDir(), dir, prelude+script, images, hardware); err == nil {
 			g.t = t
 			if g.status != 0 {
 				t.Fatalf("the guest's script ends with status %d:\n%s%s", g.status, script, g.output)
@@ -104,14 +110,15 @@ func (g *guest) report(name string) string {
 var errBoot = errors.New("the guest died at boot")
 
 // boot runs one guest to its end, with its files in scratch.
-func boot(scratch, lab, script string, images []string) (*guest, error) {
+func boot(scratch, lab, script string, images, hardware []string) (*guest, error) {
 	path := func(name string) string { return filepath.Join(scratch, name) }
 	if err := writeInitrd(path("initrd"), filepath.Join(lab, "root.cpio"), script); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), guestLimit)
 	defer cancel()
-	args := append(machine(lab), "-initrd", path("initrd"), "-serial", "file:"+path("console"))
+	args := append(machine(lab), hardware...)
+	args = append(args, "-initrd", path("initrd"), "-serial", "file:"+path("console"))
 	args = append(args, "-device", "virtio-serial-pci")
 	for i, name := range []string{"output", "files"} {
 		args = append(args, "-chardev", fmt.Sprintf("file,id=%s,path=%s", name, path(name)),

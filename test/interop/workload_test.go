@@ -90,9 +90,10 @@ const guestProgram = "io"
 //	io write DEVICE SEED COUNT MIN MAX    does a workload, past the page cache, and flushes
 //	io fill DEVICE SEED COUNT MIN MAX     the same up to the first write that fails, whose error it prints
 //	io sum DEVICE                         prints the checksum, or why the device cannot be read
+//	io offload NAME ...                   copies by offload and reports under a name: see guestOffload
 func guestMain(args []string) (status int) {
 	if len(args) < 2 {
-		fmt.Fprintln(os.Stderr, "io: write|fill|sum DEVICE ...")
+		fmt.Fprintln(os.Stderr, "io: write|fill|sum DEVICE ..., or io: offload NAME ...")
 		return 2
 	}
 	var err error
@@ -105,6 +106,8 @@ func guestMain(args []string) (status int) {
 		}
 	case "sum":
 		err = guestSum(args[1])
+	case "offload":
+		err = guestOffload(args[1], args[2:])
 	default:
 		err = fmt.Errorf("unknown: %q", args)
 	}
