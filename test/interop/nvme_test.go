@@ -31,7 +31,8 @@ type nvmeDisk struct {
 	longest              int64 // bytes that one command may copy
 }
 
-// make writes an image of zeroes with a partition table, and returns qemu's arguments for a controller and the disk.
+// make writes an image of zeroes with a partition table, and returns qemu's arguments for a controller with
+// namespace number+1, which is that disk.
 func (n *nvmeDisk) make(t *testing.T, number int) []string {
 	t.Helper()
 	n.image = filepath.Join(t.TempDir(), fmt.Sprintf("nvme%d", number))
@@ -68,8 +69,8 @@ func (n *nvmeDisk) make(t *testing.T, number int) []string {
 	return []string{
 		"-blockdev", faults,
 		"-device", fmt.Sprintf("nvme,id=nvme%d,serial=%d", number, number),
-		"-device", fmt.Sprintf("nvme-ns,bus=nvme%d,drive=nvme-disk%d,logical_block_size=%d,physical_block_size=%d,mssrl=%d,mcl=%d,msrc=%d",
-			number, number, n.block, n.block, n.rangeMax, n.commandMax, n.rangesLess1),
+		"-device", fmt.Sprintf("nvme-ns,bus=nvme%d,drive=nvme-disk%d,logical_block_size=%d,physical_block_size=%d,mssrl=%d,mcl=%d,msrc=%d,"+
+			"nsid=%d", number, number, n.block, n.block, n.rangeMax, n.commandMax, n.rangesLess1, number+1),
 	}
 }
 
@@ -120,6 +121,7 @@ func TestNVMe(t *testing.T) {
 	models := [][]byte{small.model(t), large.model(t)}
 	dummy := newPair(t, "P", 4*kib, originSize, 1*mib)
 	var script strings.Builder
+	script.WriteString("n0=$(namespace 1) n1=$(namespace 2) n2=$(namespace 3)\n")
 	const length = 4 * mib
 	expect := map[string]int64{}
 	for i, n := range []nvmeDisk{small, large} {
@@ -128,7 +130,7 @@ func TestNVMe(t *testing.T) {
 			// From one partition to the other, and from an end of the second to its other.
 			across, within := fmt.Sprintf("across%d", seed), fmt.Sprintf("within%d", seed)
 			from, to := int64(j)*4*mib, (1-int64(j))*4*mib
-			fmt.Fprintf(&script, "io offload %s /dev/nvme%dn1p2 /dev/nvme%dn1p1 %d %d %d %s %d\n", across, i, i, to, from, length, mode, seed)
+			fmt.Fprintf(&script, "io offload %s ${n%d}p2 ${n%d}p1 %d %d %d %s %d\n", across, i, i, to, from, length, mode, seed)
 			p := pattern(seed, length)
 			copy(models[i][n.first+from:], p)
 			copy(models[i][n.second+to:], p)
@@ -136,7 +138,7 @@ func TestNVMe(t *testing.T) {
 			if from > 0 {
 				to = 0
 			}
-			fmt.Fprintf(&script, "io offload %s /dev/nvme%dn1p2 /dev/nvme%dn1p2 %d %d %d %s %d\n", within, i, i, to, from, mib/2, mode, seed+8)
+			fmt.Fprintf(&script, "io offload %s ${n%d}p2 ${n%d}p2 %d %d %d %s %d\n", within, i, i, to, from, mib/2, mode, seed+8)
 			p = pattern(seed+8, mib/2)
 			copy(models[i][n.second+from:], p)
 			copy(models[i][n.second+to:], p)
@@ -144,8 +146,8 @@ func TestNVMe(t *testing.T) {
 			expect[across], expect[within] = (length+longest-1)/longest, (mib/2+longest-1)/longest
 		}
 	}
-	script.WriteString("io offload apart /dev/nvme2n1p1 /dev/nvme0n1p1 0 0 65536 cached 9\n" +
-		"io offload foreign /dev/vdb /dev/nvme0n1p1 0 0 65536 cached 9\n")
+	script.WriteString("io offload apart ${n2}p1 ${n0}p1 0 0 65536 cached 9\n" +
+		"io offload foreign /dev/vdb ${n0}p1 0 0 65536 cached 9\n")
 	g := kernelOn(t, hardware, script.String(), dummy.origin, dummy.cow)
 	for name, calls := range expect {
 		if got := g.report(name); got != "ok" {
@@ -177,9 +179,10 @@ func TestNVMeFaults(t *testing.T) {
 	reads.failRead = (good.first + mib) / 512
 	hardware := append(writes.make(t, 0), reads.make(t, 1)...)
 	dummy := newPair(t, "P", 4*kib, originSize, 1*mib)
-	g := kernelOn(t, hardware, fmt.Sprintf(`io offload write /dev/nvme0n1p2 /dev/nvme0n1p1 0 0 %d copy 1
-io offload before /dev/nvme0n1p2 /dev/nvme0n1p1 0 0 %d copy 1
-io offload read /dev/nvme1n1p2 /dev/nvme1n1p1 0 0 %d copy 1
+	g := kernelOn(t, hardware, fmt.Sprintf(`n0=$(namespace 1) n1=$(namespace 2)
+io offload write ${n0}p2 ${n0}p1 0 0 %d copy 1
+io offload before ${n0}p2 ${n0}p1 0 0 %d copy 1
+io offload read ${n1}p2 ${n1}p1 0 0 %d copy 1
 `, 2*mib, mib, 2*mib), dummy.origin, dummy.cow)
 	t.Log(g.output)
 	for _, name := range []string{"write", "read"} {

@@ -47,3 +47,9 @@ await_merge() {
 }
 
 stop_merge() { dmsetup remove merge slow; }
+
+# namespace ID: the NVMe device of that namespace. In which order the kernel finds controllers is chance.
+namespace() {
+	set -- $(grep -lx "$1" /sys/block/nvme?n?/nsid)
+	echo "/dev/$(basename "$(dirname "$1")")"
+}
