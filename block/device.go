@@ -160,3 +160,12 @@ type ExtentLister interface {
 	// and stays unwritten meanwhile is exact.
 	Extents(offset, length int64, yield func(Extent) bool) error
 }
+
+// ExtentsOf asks d for its extents, as ExtentLister says; a device that does not know has data everywhere.
+func ExtentsOf(d Device, offset, length int64, yield func(Extent) bool) error {
+	if l, ok := d.(ExtentLister); ok {
+		return l.Extents(offset, length, yield)
+	}
+	yield(Extent{Offset: offset, Length: length})
+	return nil
+}

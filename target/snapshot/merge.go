@@ -308,7 +308,7 @@ func (m *Merge) Extents(offset, length int64, yield func(block.Extent) bool) err
 		x := m.snapshot.runAt(offset, end)
 		if x.readable {
 			more = yield(block.Extent{Offset: offset, Length: x.end - offset})
-		} else if err := extentsOf(m.device, offset, x.end-offset, func(e block.Extent) bool {
+		} else if err := block.ExtentsOf(m.device, offset, x.end-offset, func(e block.Extent) bool {
 			more = yield(e)
 			return more
 		}); err != nil {

@@ -46,7 +46,7 @@ func (o *Origin) Limits() block.Limits {
 
 // Extents are the device's; everything is data when it does not know.
 func (o *Origin) Extents(offset, length int64, yield func(block.Extent) bool) error {
-	return extentsOf(o.device, offset, length, yield)
+	return block.ExtentsOf(o.device, offset, length, yield)
 }
 
 // Snapshots are the origin's snapshots, the largest chunks first. The slice must not be changed.

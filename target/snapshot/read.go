@@ -109,7 +109,7 @@ func (s *Snapshot) windowExtents(found []block.Extent, offset, end int64) ([]blo
 		if run.readable {
 			found = append(found, block.Extent{Offset: at, Length: run.end - at})
 		} else {
-			err := extentsOf(s.origin.device, at, run.end-at, func(x block.Extent) bool {
+			err := block.ExtentsOf(s.origin.device, at, run.end-at, func(x block.Extent) bool {
 				found = append(found, x)
 				return true
 			})
@@ -124,15 +124,6 @@ func (s *Snapshot) windowExtents(found []block.Extent, offset, end int64) ([]blo
 		return nil, s.invalidError(&block.Request{Op: block.OpRead, Offset: offset, Length: end - offset})
 	}
 	return found, nil
-}
-
-// extentsOf asks d for its extents; a device that does not know has data everywhere.
-func extentsOf(d block.Device, offset, length int64, yield func(block.Extent) bool) error {
-	if l, ok := d.(block.ExtentLister); ok {
-		return l.Extents(offset, length, yield)
-	}
-	yield(block.Extent{Offset: offset, Length: length})
-	return nil
 }
 
 // Copied calls yield for consecutive ranges that cover [offset, offset+length): which of them are on the COW device.
