@@ -9,18 +9,11 @@ import (
 
 	"cowherd/block"
 	"cowherd/internal/percpu"
+	"cowherd/target"
 )
 
-// A Target is what a mapped device is made of. Map either remaps r (changes its offset) and returns the device that
-// it goes to, or takes it and returns nil: the target then completes it, or submits it, itself. Map is called
-// concurrently, on the caller's goroutine, with r's range checked against Size and Limits, neither of which changes.
-//
-// A Target may also be a block.ExtentLister.
-type Target interface {
-	Map(r *block.Request) block.Device
-	Size() int64
-	Limits() block.Limits
-}
+// A Target is what a mapped device is made of; see package target.
+type Target = target.Target
 
 // Device is a mapped device: a name and a live target behind a gate that can be closed.
 //
@@ -63,8 +56,9 @@ type counter struct{ n atomic.Int64 }
 
 // live is a target with its optional powers.
 type live struct {
-	target  Target
-	extents block.ExtentLister // nil: it has none
+	target   Target
+	extents  block.ExtentLister // nil: it has none
+	remapper target.Remapper    // nil: it is none
 }
 
 // NewDevice makes a running device of one target. readOnly makes every write fail with EROFS.
@@ -76,9 +70,11 @@ func NewDevice(name string, target Target, readOnly bool) *Device {
 	return d
 }
 
-func (d *Device) setTarget(target Target) {
-	l := &live{target: target}
-	l.extents, _ = target.(block.ExtentLister)
+func (d *Device) setTarget(t Target) {
+	t = unwrap(t)
+	l := &live{target: t}
+	l.extents, _ = t.(block.ExtentLister)
+	l.remapper, _ = t.(target.Remapper)
 	d.live.Store(l)
 }
 
@@ -297,6 +293,27 @@ func (d *Device) Close(ctx context.Context) error {
 		}
 	}
 }
+
+// Remap tells where the target leaves the bytes at offset, and counts the caller as a request in flight until Release,
+// so that Suspend waits for what is done there (block.Remapper). It does not know what is done: who writes looks at
+// Limits first. Not ok: the range is not within the device, the device is suspended or removed, or its target does more
+// than remap.
+func (d *Device) Remap(q block.Queue, offset, length int64) (to block.Device, at, n int64, ok bool) {
+	in := d.inflight.At(uint(q))
+	in.n.Add(1)
+	if !d.closed.Load() && offset >= 0 && length > 0 && offset <= d.size-length {
+		if l := d.live.Load(); l != nil && l.remapper != nil {
+			if to, at, n, ok = l.remapper.Remap(offset, length); ok {
+				return to, at, n, true
+			}
+		}
+	}
+	d.leave(in)
+	return nil, 0, 0, false
+}
+
+// Release ends what one successful Remap on q began.
+func (d *Device) Release(q block.Queue) { d.leave(d.inflight.At(uint(q))) }
 
 // Extents are the target's; everything is data if it does not know. It waits while the device is suspended.
 func (d *Device) Extents(offset, length int64, yield func(block.Extent) bool) error {

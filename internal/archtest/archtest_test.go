@@ -27,6 +27,7 @@ var layers = [][]string{
 	{"export/*"},
 	{"dm"},
 	{"target/*"},
+	{"target"},
 	{"transfer"},
 	{"cowstore", "clonemeta"},
 	{"persistentdata"},
