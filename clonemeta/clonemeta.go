@@ -22,21 +22,25 @@ type Metadata struct {
 	unsure bool
 	closed bool
 	stats  *usage
+
+	options persistentdata.Options
 }
 
 // Format writes fresh metadata for a clone whose regions are all unhydrated, whatever d held before, and returns when it is
 // durable. Until then a crash leaves an unformatted device. EINVAL: the parameters, or the device's logical block, are
 // out of range. ENOSPC: the device is too small; Size tells what is needed. Device errors are wrapped.
-func Format(d block.Device, p Params) (*Metadata, error) { return format(d, p, nil) }
+func Format(d block.Device, p Params) (*Metadata, error) {
+	return format(d, p, persistentdata.Options{}, nil)
+}
 
 // format is Format with words of the bitset that fill gives, as persistentdata.NewArray asks for them.
-func format(d block.Device, p Params, fill func(first uint64, words []uint64) error) (*Metadata, error) {
+func format(d block.Device, p Params, o persistentdata.Options, fill func(first uint64, words []uint64) error) (*Metadata, error) {
 	if _, what := p.check(); what != "" {
 		return nil, fmt.Errorf("%s: %w", what, syscall.EINVAL)
 	}
-	m := &Metadata{device: d, params: p, stats: new(usage)}
+	m := &Metadata{device: d, params: p, stats: new(usage), options: o}
 	var err error
-	if m.manager, err = persistentdata.Create(d, persistentdata.Options{}); err != nil {
+	if m.manager, err = persistentdata.Create(d, o); err != nil {
 		return nil, err
 	}
 	// NewArray writes blocks that an old superblock may reach.
@@ -72,7 +76,12 @@ func erase(d block.Device) error {
 // ErrUnformatted: block 0 is all zero. *SuperblockError, *persistentdata.CorruptError: it is damaged, and where. It
 // reads the space map and the nodes of the bitset's tree, and no array block: LoadBits does.
 func Open(d block.Device, p Params) (*Metadata, error) {
-	m := &Metadata{device: d, stats: new(usage)}
+	return open(d, p, persistentdata.Options{})
+}
+
+// open is Open with options.
+func open(d block.Device, p Params, o persistentdata.Options) (*Metadata, error) {
+	m := &Metadata{device: d, stats: new(usage), options: o}
 	if err := m.load(p); err != nil {
 		return nil, err
 	}
@@ -89,7 +98,7 @@ func (m *Metadata) load(given Params) error {
 		return err
 	}
 	m.params = s.Params
-	if m.manager, err = persistentdata.Open(m.device, s.SpaceMap, persistentdata.Options{}); err != nil {
+	if m.manager, err = persistentdata.Open(m.device, s.SpaceMap, m.options); err != nil {
 		return err
 	}
 	if m.bitset, err = persistentdata.OpenArray(m.manager, s.Bitset, s.words()); err != nil {
