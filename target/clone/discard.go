@@ -51,7 +51,7 @@ func (c *Clone) forget(t *table, start, end Region, queue block.Queue) (wait Reg
 			c.pool.put(h)
 			return start, false
 		}
-		if _, err := h.finish(nil); err != nil {
+		if _, err := h.finish(nil, false); err != nil {
 			return start, true // read-only since: the discard is without effect
 		}
 		start += n

@@ -117,10 +117,8 @@ func (h *hydration) copied(j *kcopyd.Job) {
 		return
 	}
 	c := h.clone
-	start, err := h.start, j.Err()
-	r, err := h.finish(err)
+	r, err := h.finish(j.Err(), true)
 	if err != nil {
-		c.failWaiting(start, err)
 		r.Complete(block.WrapError(r, err))
 		return
 	}
@@ -128,8 +126,9 @@ func (h *hydration) copied(j *kcopyd.Job) {
 }
 
 // finish ends the ownership of h, which is idle then: its regions are settled if err is nil, and else given back. Who
-// waits for them looks again. It returns the request that h was for, and err, or why the regions could not be settled.
-func (h *hydration) finish(err error) (*block.Request, error) {
+// waits for them looks again, unless it is told that the error is theirs too. It returns the request that h was for, and
+// err, or why the regions could not be settled.
+func (h *hydration) finish(err error, theirs bool) (*block.Request, error) {
 	c, r, start, count := h.clone, h.request, h.start, h.count
 	if err == nil {
 		err = c.settle(h.table, start, count, h.queue)
@@ -138,10 +137,13 @@ func (h *hydration) finish(err error) (*block.Request, error) {
 		c.destZero.Store(false)
 		h.table.unclaim(start, count)
 	}
-	background := r == nil
 	c.pool.put(h)
-	c.wake(start, count)
-	if err != nil && !background {
+	if err != nil && theirs {
+		c.failWaiting(start, err)
+	} else {
+		c.wake(start, count)
+	}
+	if err != nil && r != nil {
 		c.hydrator.missed(start)
 	}
 	return r, err
@@ -165,7 +167,7 @@ type overwriting hydration
 
 func (o *overwriting) Complete(r *block.Request, err error) {
 	h := (*hydration)(o)
-	if _, lost := h.finish(err); err == nil {
+	if _, lost := h.finish(err, false); err == nil {
 		err = lost
 	}
 	if err != nil {

@@ -116,6 +116,7 @@ type hydrator struct {
 	// Regions that were read, oldest first, and groups of 64 regions that were, with how often.
 	promoted []run                   // +checklocks:mu
 	heat     [heatSize]heat          // +checklocks:mu
+	heated   bool                    // +checklocks:mu
 	failing  [attemptsMax][]retryRun // +checklocks:mu
 	pending  int                     // +checklocks:mu
 	failed   map[Region]struct{}     // +checklocks:mu
@@ -127,6 +128,7 @@ type hydrator struct {
 type run struct {
 	start, end Region
 	attempt    uint8 // how often they were tried
+	sequence   bool  // they are the next, and not in a hurry
 }
 
 // retryRun is a run that has failed.
@@ -317,15 +319,11 @@ func (x *hydrator) wanted() bool {
 func (x *hydrator) pick(t *table) bool {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if x.current.start < x.current.end && len(x.promoted) == 0 {
-		return true
-	}
 	if x.current.start < x.current.end {
-		// What was read goes first; the rest is found again.
-		x.rewind = min(x.rewind, x.current.start)
-		if x.current.attempt > 0 {
-			x.againLocked(x.current, 0)
+		if !x.current.sequence || len(x.promoted) == 0 && !x.heated && len(x.failing[0]) == 0 {
+			return true
 		}
+		x.rewind = min(x.rewind, x.current.start) // what was read goes first; the rest is found again
 	}
 	if r, ok := x.retryLocked(time.Now()); ok {
 		x.current = r
@@ -349,7 +347,7 @@ func (x *hydrator) pick(t *table) bool {
 			break
 		}
 	}
-	x.current = run{start: start, end: min(start+stretch, t.regions)}
+	x.current = run{start: start, end: min(start+stretch, t.regions), sequence: true}
 	for region := range x.failed {
 		if region > start {
 			x.current.end = min(x.current.end, region)
@@ -373,6 +371,7 @@ func (x *hydrator) hottestLocked() bool {
 		}
 	}
 	if best.count == 0 {
+		x.heated = false
 		return false
 	}
 	start := Region(best.group) * 64
@@ -414,7 +413,7 @@ func (x *hydrator) claim(h *hydration, most Region) bool {
 // mark settles regions that are zeroes on both sides already.
 func (x *hydrator) mark(h *hydration) {
 	x.marked += h.count
-	if _, err := h.finish(nil); err == nil && x.marked >= markedMax {
+	if _, err := h.finish(nil, false); err == nil && x.marked >= markedMax {
 		x.marked = 0
 		// An error has changed the mode, and all know.
 		_ = x.clone.Commit()
@@ -452,13 +451,13 @@ func (x *hydrator) extentAt(offset int64) extent {
 
 // copied is told of the end of a copy.
 func (x *hydrator) copied(h *hydration, err error) {
-	r := run{h.start, h.start + h.count, h.attempt}
+	r := run{start: h.start, end: h.start + h.count, attempt: h.attempt}
 	var rest time.Time
 	if h.active {
 		now := time.Now()
 		rest = now.Add(min(now.Sub(h.began), restMax))
 	}
-	_, err = h.finish(err)
+	_, err = h.finish(err, false)
 	x.mu.Lock()
 	x.regions -= r.end - r.start
 	x.copies--
@@ -485,8 +484,8 @@ func (x *hydrator) copied(h *hydration, err error) {
 // +checklocks:x.mu
 func (x *hydrator) failLocked(r run, err error) (events []Event) {
 	if n := r.end - r.start; n > 1 {
-		x.againLocked(run{r.start, r.start + n/2, max(r.attempt, 1)}, 0)
-		x.againLocked(run{r.start + n/2, r.end, max(r.attempt, 1)}, 0)
+		x.againLocked(run{start: r.start, end: r.start + n/2, attempt: max(r.attempt, 1)}, 0)
+		x.againLocked(run{start: r.start + n/2, end: r.end, attempt: max(r.attempt, 1)}, 0)
 		return nil
 	}
 	if r.attempt++; r.attempt < attemptsMax {
@@ -577,6 +576,7 @@ func (x *hydrator) promote(start, end Region) {
 		} else {
 			h.count-- // who is read again and again stays
 		}
+		x.heated = true
 	}
 	if x.promotes && len(x.promoted) < promotedMax {
 		x.promoted = append(x.promoted, run{start: start, end: end})
