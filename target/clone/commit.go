@@ -162,17 +162,18 @@ func (c *Clone) commit() error {
 		}
 		return err
 	}
-	if len(changed) == 0 {
-		return nil
+	if len(changed) > 0 {
+		if err := c.meta.Commit(); err != nil {
+			return c.abort(fmt.Errorf("commit the metadata: %w", err))
+		}
+		x.commits.Add(1)
+		for _, p := range changed {
+			t.shrink(p.index)
+		}
 	}
-	if err := c.meta.Commit(); err != nil {
-		return c.abort(fmt.Errorf("commit the metadata: %w", err))
-	}
-	x.commits.Add(1)
-	for _, p := range changed {
-		t.shrink(p.index)
-	}
-	if t.count() == c.count && t.changed.Load() == nil {
+	// Regions are counted after they have been noted as changed: that all are counted and none is noted means that all are
+	// committed.
+	if t != nil && t.count() == c.count && t.changed.Load() == nil {
 		c.finished()
 	}
 	return nil

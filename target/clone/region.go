@@ -215,23 +215,30 @@ func (t *table) claim(start, limit Region) (count Region, disturbed bool) {
 	return limit - start, disturbed
 }
 
-// settle makes regions that the caller owns hydrated, notes them for the next commit, and gives them back. first tells
-// that there was nothing to commit before.
-func (t *table) settle(start Region, count Region, queue block.Queue) (first bool) {
-	for at, limit := start, start+count; at < limit; {
+// settle makes regions that the caller owns hydrated, notes them for the next commit, and gives them back. commit: there
+// was nothing to commit before, or a commit has taken them already, but could not yet count them.
+func (t *table) settle(start Region, count Region, queue block.Queue) (commit bool) {
+	limit := start + count
+	for at := start; at < limit; {
 		p := t.page(at)
 		w := p.word(at)
-		shift := at % 64
-		n := min(64-shift, limit-at)
-		w.hydrated.Or(mask(shift, n))
+		n := min(64-at%64, limit-at)
+		w.hydrated.Or(mask(at%64, n))
 		if t.note(p, at) {
-			first = true
+			commit = true
 		}
-		w.claimed.And(^mask(shift, n))
+		w.claimed.And(^mask(at%64, n))
 		at += n
 	}
 	t.counts.At(uint(queue)).n.Add(int64(count))
-	return first
+	last := limit - 1
+	return commit || !t.page(last).isDirty(last) && t.count() == t.regions
+}
+
+// isDirty tells whether no commit has taken the change of region yet.
+func (p *page) isDirty(region Region) bool {
+	index := region % pageRegions / 64
+	return p.dirty[index/64].Load()>>(index%64)&1 != 0
 }
 
 // note puts the word of region on the list for the next commit. Whoever takes pages off the list clears listed first and

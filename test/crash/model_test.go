@@ -27,6 +27,7 @@ type view struct {
 type version struct {
 	op   *op
 	data []byte
+	any  bool // a discard: it may hold anything
 }
 
 func newView(name string, content []byte) *view {
@@ -56,9 +57,11 @@ func (v *view) begin(o *op) {
 			v.sectors[n] = []version{{data: slices.Clone(v.sector(n))}}
 		}
 	}
-	o.fill(v.newest[o.offset : o.offset+o.length])
+	if o.kind != block.OpDiscard {
+		o.fill(v.newest[o.offset : o.offset+o.length])
+	}
 	for n := start; n < end; n++ {
-		v.sectors[n] = append(v.sectors[n], version{op: o, data: slices.Clone(v.sector(n))})
+		v.sectors[n] = append(v.sectors[n], version{op: o, data: slices.Clone(v.sector(n)), any: o.kind == block.OpDiscard})
 	}
 }
 
@@ -85,7 +88,7 @@ func (v *view) durable(o *op) {
 		at := slices.IndexFunc(v.sectors[n], func(x version) bool { return x.op == o })
 		switch {
 		case at < 0: // one that is newer is durable already
-		case at == len(v.sectors[n])-1:
+		case at == len(v.sectors[n])-1 && !v.sectors[n][at].any:
 			delete(v.sectors, n)
 		default:
 			v.sectors[n] = v.sectors[n][at:]
@@ -120,7 +123,7 @@ func (v *view) checkSector(n int64, content []byte, killed bool) error {
 	}
 	versions := v.sectors[n]
 	for i := len(versions) - 1; i >= 0; i-- {
-		if bytes.Equal(got, versions[i].data) {
+		if versions[i].any || bytes.Equal(got, versions[i].data) {
 			return nil
 		}
 		if o := versions[i].op; killed && o != nil && o.acknowledged {
