@@ -2,9 +2,11 @@ package nbd
 
 import (
 	"bufio"
+	"crypto/tls"
 	"fmt"
 	"net"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -20,27 +22,39 @@ const (
 	inputSize = 128 << 10
 )
 
-// conn is one connection in its transmission phase. Of what its lock guards:
+// conn is one connection in its transmission phase, and all that follow it when it is lost: the reader puts a new stream
+// in the old one's place while nobody sends. Of what its lock guards:
 //
+//	up        the stream is good, as far as is known; it never is while the reader looks for another
+//	lost      why up became false
 //	free      a stack of indices of free slots
 //	queue     a ring of indices of slots to be sent, from queueAt on
 //	waiting   requests without a slot; empty while one is free
 //	inflight  requests and queries accepted and not yet delivered
 //	sending   somebody owns the output
-//	idle      tells that sending has become false after cause was set
+//	idle      tells that sending has become false after up did
 //	corked    the reader delivers replies, and will send what is queued when it is through
 //	cause     why no request is accepted any more; nil: they are
 //	goodbye   nothing is in flight and never will be: the server is to be told
+//	silent    how many times in a row the watch has found requests and no sign of life
 type conn struct {
-	export export
-	stream net.Conn
-	raw    syscall.RawConn // nil: the stream can only be written to with waiting (TLS)
-	in     *bufio.Reader   // the reader's
-	held   bool            // the reader's copy of corked
-	out    output          // the sender's: who set sending
-	wake   chan struct{}   // hands the output to the writer; closed when the connection has ended
-	status chan struct{}   // holds a token while statusSlot is taken
-	ended  func(error)     // told once why the connection has ended, before the requests in flight are failed
+	device   *Device
+	index    int
+	export   export          // changes with the stream
+	stream   net.Conn        // changes under mu while nobody sends; the reader and the sender need no lock to look at it
+	raw      syscall.RawConn // of stream; nil: it can only be written to with waiting (TLS)
+	in       *bufio.Reader   // the reader's
+	held     bool            // the reader's copy of corked
+	patience                 // the reader's
+	out      output          // the sender's: who set sending
+	wake     chan struct{}   // hands the output to the writer; closed when the connection has ended for good
+	status   chan struct{}   // holds a token while statusSlot is taken
+
+	heard atomic.Bool   // bytes have gone one way or the other since the watch has looked
+	live  atomic.Bool   // new requests are welcome; lags behind up
+	acked atomic.Uint64 // requests that wrote without FUA and were answered; changes under mu
+	born  atomic.Uint64 // the count of all connections' when this one was made or lost its word; see durable.go
+	age   atomic.Uint64 // the larger the younger; changes under Device.mu
 
 	mu    sync.Mutex
 	slots [depth + 1]slot // who owns what of a slot is told by its state
@@ -57,33 +71,70 @@ type conn struct {
 	corked   bool              // +checklocks:mu
 	cause    error             // +checklocks:mu
 	goodbye  bool              // +checklocks:mu
+	up       bool              // +checklocks:mu
+	lost     error             // +checklocks:mu
+	silent   int               // +checklocks:mu
 }
 
 // newConn makes a connection of a stream whose handshake is done. run makes it go.
-func newConn(stream net.Conn, e export, ended func(error)) *conn {
+func newConn(d *Device, index int, stream net.Conn, e export) *conn {
 	c := &conn{
-		export: e, stream: stream, ended: ended, in: bufio.NewReaderSize(stream, inputSize),
-		wake: make(chan struct{}, 1), status: make(chan struct{}, 1), freeLen: depth,
+		device: d, index: index, export: e,
+		wake: make(chan struct{}, 1), status: make(chan struct{}, 1), freeLen: depth, up: true,
 	}
 	c.idle.L = &c.mu
+	c.in = bufio.NewReaderSize((*input)(c), inputSize)
+	c.setStream(stream)
+	c.live.Store(true)
 	for i := range c.slots {
 		c.slots[i].index = uint16(i)
 	}
 	for i := range c.free {
 		c.free[i] = uint16(i)
 	}
+	c.out.init(c)
+	return c
+}
+
+// setStream makes stream the connection's. Nobody sends, and the caller is the reader, or has the connection alone.
+func (c *conn) setStream(stream net.Conn) {
+	c.stream, c.raw = stream, nil
 	if s, ok := stream.(syscall.Conn); ok {
 		if raw, err := s.SyscallConn(); err == nil {
 			c.raw = raw
 		}
 	}
-	c.out.init(c)
-	return c
+}
+
+// input is what the input buffer reads from: the stream, noting signs of life.
+type input conn
+
+func (c *input) Read(p []byte) (int, error) {
+	n, err := c.stream.Read(p)
+	if n > 0 {
+		(*conn)(c).sign()
+	}
+	return n, err
+}
+
+// sign notes that the server has sent or taken something.
+func (c *conn) sign() {
+	if !c.heard.Load() {
+		c.heard.Store(true)
+	}
 }
 
 // submit takes a request of the device.
 func (c *conn) submit(r *block.Request) {
 	c.mu.Lock()
+	if r.Op == block.OpFlush && c.device.reconnects.Load() > 0 {
+		// Looked for under the lock, so that the oldest is still the oldest when the request is in its hands.
+		if witness := c.device.witness(c); witness != c {
+			c.mu.Unlock()
+			witness.submit(r)
+			return
+		}
+	}
 	if c.cause != nil {
 		err := c.cause
 		c.mu.Unlock()
@@ -98,12 +149,22 @@ func (c *conn) submit(r *block.Request) {
 	}
 	c.freeLen--
 	s := &c.slots[c.free[c.freeLen]]
-	s.load(&c.export, r)
+	c.loadLocked(s, r)
 	c.enqueueLocked(s)
 	start := c.startLocked()
 	c.mu.Unlock()
 	if start {
 		c.kick()
+	}
+}
+
+// loadLocked puts a request in a slot.
+//
+// +checklocks:c.mu
+func (c *conn) loadLocked(s *slot, r *block.Request) {
+	s.load(&c.export, r)
+	if r.Op == block.OpFlush {
+		s.acked = c.device.acked()
 	}
 }
 
@@ -135,22 +196,33 @@ func (c *conn) settleLocked(s *slot) outcome {
 		c.enqueueLocked(s)
 		return outcome{}
 	}
-	o := outcome{s.request, s.query, s.err}
-	s.request, s.query, s.err, s.state = nil, nil, nil, slotFree
-	c.inflight--
-	if s.index != statusSlot {
-		if r := c.waiting.PopFront(); r != nil {
-			s.load(&c.export, r)
-			c.enqueueLocked(s)
-		} else {
-			c.free[c.freeLen] = s.index
-			c.freeLen++
-		}
+	if s.request != nil && s.err == nil {
+		s.err = c.accountLocked(s)
 	}
+	o := outcome{s.request, s.query, s.err}
+	c.releaseLocked(s)
 	if c.inflight == 0 && c.cause != nil {
 		c.goodbye = true
 	}
 	return o
+}
+
+// releaseLocked empties a slot and gives it to the next request that waits for one.
+//
+// +checklocks:c.mu
+func (c *conn) releaseLocked(s *slot) {
+	s.request, s.query, s.err, s.state = nil, nil, nil, slotFree
+	c.inflight--
+	if s.index == statusSlot {
+		return
+	}
+	if r := c.waiting.PopFront(); r != nil {
+		c.loadLocked(s, r)
+		c.enqueueLocked(s)
+		return
+	}
+	c.free[c.freeLen] = s.index
+	c.freeLen++
 }
 
 // retire makes the connection end in good order: no request is accepted any more, and when all that were are done, the
@@ -163,25 +235,61 @@ func (c *conn) retire(cause error, limit time.Duration) {
 	}
 	c.cause = cause
 	c.goodbye = c.inflight == 0
-	start := c.startLocked()
+	start, stream := c.startLocked(), c.stream
 	c.mu.Unlock()
-	_ = c.stream.SetDeadline(time.Now().Add(limit)) // fails only if the stream is closed, and needs no limit then
+	_ = stream.SetDeadline(time.Now().Add(limit)) // fails only if the stream is closed, and needs no limit then
 	if start {
 		c.kick()
 	}
 }
 
-// abort makes the connection end at once: the reader fails what is in flight.
-func (c *conn) abort(cause error) { c.follow(broken(cause)) }
-
-// follow is abort with the cause of another connection, or this one's.
+// follow makes the connection end at once and for good, with the cause of another connection, or this one's.
 func (c *conn) follow(cause error) {
 	c.mu.Lock()
 	if c.cause == nil {
 		c.cause = cause
 	}
+	stream := c.stream
 	c.mu.Unlock()
-	_ = c.stream.Close() // what it says about a stream that is given up matters to nobody
+	_ = stream.Close() // what it says about a stream that is given up matters to nobody
+}
+
+// lose notes that the stream is no good any more. It is false when that was known.
+func (c *conn) lose(cause error) bool {
+	c.mu.Lock()
+	first := c.up
+	if first {
+		c.up, c.lost = false, cause
+	}
+	c.mu.Unlock()
+	if first {
+		c.device.forsake(c, cause)
+	}
+	return first
+}
+
+// linger loses the stream, but lets the server end what it is at: it finds that nothing more comes, and has lingerLimit
+// to hang up. Replies to reads still count.
+func (c *conn) linger(cause error) {
+	if c.device.config.ReconnectTimeout == 0 {
+		c.follow(broken(cause))
+		return
+	}
+	if !c.lose(cause) {
+		return
+	}
+	c.mu.Lock()
+	stream := c.stream
+	c.mu.Unlock()
+	// What these say about a stream that is given up matters to nobody.
+	_ = stream.SetWriteDeadline(time.Unix(1, 0)) // who is sending gives up
+	_ = stream.SetReadDeadline(time.Now().Add(lingerLimit))
+	if secure, ok := stream.(*tls.Conn); ok {
+		stream = secure.NetConn()
+	}
+	if half, ok := stream.(interface{ CloseWrite() error }); ok {
+		_ = half.CloseWrite()
+	}
 }
 
 // broken is the error of every request of a connection that has ended before its time: EIO, whatever the cause.
@@ -195,18 +303,38 @@ type lost struct{ cause error }
 func (l *lost) Error() string   { return l.cause.Error() }
 func (l *lost) Unwrap() []error { return []error{syscall.EIO, l.cause} }
 
-// run is the reader: it owns the connection's end. It returns when no request is in flight and no goroutine of the
-// connection is left but the writer, which ends by itself.
+// run is the reader: it owns the connection's streams and its end. It returns when no request is in flight and no
+// goroutine of the connection is left but the writer, which ends by itself.
 func (c *conn) run() {
-	c.abort(describe(c.receive()))
-	c.mu.Lock()
-	for c.sending {
-		c.idle.Wait()
+	for {
+		c.lose(describe(c.receive()))
+		_ = c.stream.Close() // what it says about a stream that is given up matters to nobody
+		c.mu.Lock()
+		for c.sending {
+			c.idle.Wait()
+		}
+		cause, lost := c.cause, c.lost
+		c.mu.Unlock()
+		if cause == nil {
+			cause = c.reconnect(lost)
+		}
+		if cause != nil {
+			c.end(cause)
+			return
+		}
 	}
-	cause := c.cause
+}
+
+// end ends the connection for good. Nobody sends any more, as the stream is lost.
+func (c *conn) end(cause error) {
+	c.mu.Lock()
+	if c.cause == nil {
+		c.cause = cause // from here on no request is accepted
+	}
+	cause = c.cause
 	c.mu.Unlock()
-	close(c.wake) // nobody begins to send any more: with a cause set, nothing is queued by submit
-	c.ended(cause)
+	close(c.wake)
+	c.device.ended(c, cause)
 	c.failAll(cause)
 }
 

@@ -29,6 +29,7 @@ type fake struct {
 	greet      func(s *session) bool                                  // instead of the usual greeting; false: hang up
 	answer     func(s *session, option uint32, data []byte) (ok bool) // takes an option; false: the usual answer
 	serve      func(s *session)                                       // the transmission phase
+	wrap       func(number int, c net.Conn) net.Conn                  // what becomes of a connection, counted from 0; nil: itself
 	path       string
 	done       sync.WaitGroup
 	listener   net.Listener
@@ -67,13 +68,17 @@ func (f *fake) start(t testing.TB) *fake {
 	}
 	f.listener = l
 	f.done.Go(func() {
-		for {
+		for number := 0; ; number++ {
 			c, err := l.Accept()
 			if err != nil {
 				return
 			}
+			if f.wrap != nil {
+				c = f.wrap(number, c)
+			}
 			f.done.Go(func() {
 				defer c.Close()
+				f.change(func() {}) // what earlier sessions have changed is seen from here on
 				s := &session{fake: f, net: c, in: bufio.NewReader(c)}
 				if s.handshake() && f.serve != nil {
 					f.serve(s)
@@ -261,6 +266,13 @@ func (s *session) header() *wireRequest {
 		return nil
 	}
 	return r
+}
+
+// change changes the fake for the sessions to come.
+func (f *fake) change(how func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	how()
 }
 
 func (f *fake) goodbyes() int {

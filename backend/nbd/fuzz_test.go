@@ -94,11 +94,8 @@ func FuzzReplies(f *testing.F) {
 			t.Fatal(err)
 		}
 		s := newScript(b)
-		d := &Device{export: e, limits: e.limits(), closing: closeLimit}
-		c := newConn(s, e, d.ended)
-		d.conns = []*conn{c}
-		d.running.Go(c.run)
-		d.running.Go(c.write)
+		d := newDevice(Config{}, []net.Conn{s}, []export{e})
+		c := d.conns[0]
 		done, requests := newCollector(), []block.Request{
 			{Op: block.OpRead, Offset: 4096, Length: 16, Data: make([]byte, 16)},
 			{Op: block.OpWrite, Offset: 0, Length: 16, Data: make([]byte, 16)},

@@ -23,10 +23,31 @@
 // A reply may come while the request is still being written out, as the server reads while the kernel takes the rest
 // of the batch. The memory belongs to the sender until the batch is out, so the sender settles such a slot.
 //
-// A server that breaks the protocol or drops a connection ends the device: all that is in flight fails with EIO and
-// the cause, on all connections, and so does every later request. A connection knows nothing of the Device but whom
-// to tell of its end, and a request stays whole in its slot until it is answered: a Device that connects anew could
-// give the slots' requests to the new connection instead of failing them.
+// # A connection is lost
+//
+// A request stays whole in its slot until it is answered, so what is in flight when a connection is lost goes over the
+// next one, which the reader makes (reconnect.go):
+//
+//	lost         by an error of reading or writing, by silence (watch.go), by a server that says it shuts down
+//	             new requests take the other connections; without one they wait in slots and list as ever
+//	             silent or shutting down: only our half is closed, and what the server is at may end (linger)
+//	reader       waits until nobody sends, connects with growing pauses, negotiates, compares the export with before
+//	             every loaded slot begins again: a write with its first byte, a read where it was
+//	the end      after Config.ReconnectTimeout, with another export, or by a broken protocol: all that is in flight
+//	             fails with EIO and the cause, on all connections, and so does every later request
+//
+// Reads, writes, zeroes and trims may be done twice. What may not is to be done late: a server that is still at work on
+// a request of a connection that it was told is closed, and does it after a newer one to the same range. The protocol
+// has no word against it. That is why a silent server gets time to hang up by itself, which servers do when they are
+// through; one that does not, and comes back to life later, is beyond help.
+//
+// # What a flush promises after a connection was lost
+//
+// A write that was acknowledged and not flushed may be gone if the server was killed, and a flush over the next
+// connection does not bring it back. So such a flush fails with EIO, like an fsync, and so does every later write and
+// flush (reads do not, and may show what was before), unless it is proven that the server kept its state
+// (durable.go): nothing was unflushed, or the flush was answered on a connection that had been there all the time.
+// Who knows better says so with Config.KeepsWrites.
 //
 // # Invariants
 //
@@ -39,7 +60,10 @@
 //
 // # Lock order
 //
-// conn.mu is the only lock; nothing is called with it held.
+//	conn.mu
+//	  Device.mu    is taken without the other, too
+//
+// Nothing is called with one of them held.
 package nbd
 
 import (
@@ -76,16 +100,42 @@ type Config struct {
 	Connections int
 	// TLS makes the client insist on TLS; nil: the connection is plain. It needs a ServerName, or InsecureSkipVerify.
 	TLS *tls.Config
+
+	// ReconnectTimeout is how long the server may be away, counted from the loss of a connection that had been of use,
+	// before the device fails. 0: the first connection that is lost ends the device.
+	ReconnectTimeout time.Duration
+	// RequestTimeout is how long the server may let requests wait without a byte going either way; then the connection
+	// counts as lost. It is kept to within a quarter. 0: for ever.
+	RequestTimeout time.Duration
+	// KeepsWrites says that what the server has acknowledged survives its end, flushed or not: it writes to the page
+	// cache of a machine that stays up, say. Without it a flush fails when that is not certain.
+	KeepsWrites bool
+	// OnEvent, if not nil, is told what becomes of the connections. It is called by one of the device's goroutines with
+	// no lock held, possibly by several at once; the connection in question waits for it. It must not call Close.
+	OnEvent func(Event)
 }
 
 // A Device is an export of an NBD server. Requests of any length are taken and cut to what the server takes.
 type Device struct {
-	export  export
-	limits  block.Limits
-	conns   []*conn
-	queries atomic.Uint32 // spreads block status over the connections
-	running sync.WaitGroup
-	closing time.Duration
+	config   Config
+	export   export // as it was at first
+	limits   block.Limits
+	conns    []*conn
+	queries  atomic.Uint32 // spreads block status over the connections
+	running  sync.WaitGroup
+	closing  time.Duration
+	pauseMax time.Duration
+	ctx      context.Context // ends when no connection is to be made any more
+	stop     context.CancelFunc
+
+	reconnects atomic.Uint64
+	covered    atomic.Uint64         // acknowledgements that a flush has covered
+	doubt      atomic.Pointer[error] // why nothing is written any more; nil: it is
+	announced  atomic.Bool           // Config.OnEvent has been told of the doubt
+
+	mu   sync.Mutex
+	age  uint64 // +checklocks:mu
+	last error  // +checklocks:mu
 }
 
 var (
@@ -112,6 +162,8 @@ func open(ctx context.Context, c *Config) (*Device, error) {
 	switch {
 	case c.Connections < 0 || c.Connections > connectionsMax:
 		return nil, invalid("%d connections are not from 0 to %d", c.Connections, connectionsMax)
+	case c.ReconnectTimeout < 0 || c.RequestTimeout < 0:
+		return nil, invalid("a time limit is negative")
 	case len(c.Export) > stringMax:
 		return nil, invalid("the export's name is longer than %d bytes", stringMax)
 	case strings.ContainsRune(c.Export, 0):
@@ -121,15 +173,24 @@ func open(ctx context.Context, c *Config) (*Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &Device{export: exports[0], limits: exports[0].limits(), closing: closeLimit}
+	return newDevice(*c, streams, exports), nil
+}
+
+// newDevice makes a device of connections whose handshakes are done, and makes it go.
+func newDevice(c Config, streams []net.Conn, exports []export) *Device {
+	d := &Device{config: c, export: exports[0], limits: exports[0].limits(), closing: closeLimit, pauseMax: pauseMax}
+	d.ctx, d.stop = context.WithCancel(context.Background())
 	for i, stream := range streams {
-		d.conns = append(d.conns, newConn(stream, exports[i], d.ended))
+		d.conns = append(d.conns, newConn(d, i, stream, exports[i]))
 	}
 	for _, c := range d.conns {
 		d.running.Go(c.run)
 		d.running.Go(c.write)
 	}
-	return d, nil
+	if c.RequestTimeout > 0 {
+		d.running.Go(d.watch)
+	}
+	return d
 }
 
 // connect makes all connections, or none.
@@ -186,13 +247,18 @@ func (e *export) limits() block.Limits {
 	return l
 }
 
-// ended is told when a connection has ended: the others follow it, unless that is what Close has asked for.
-func (d *Device) ended(cause error) {
+// ended is told when a connection has ended for good: the others follow it, unless that is what Close has asked for.
+func (d *Device) ended(c *conn, cause error) {
 	if cause == errClosed {
 		return
 	}
+	first := d.ctx.Err() == nil
 	for _, c := range d.conns {
 		c.follow(cause)
+	}
+	d.stop()
+	if first {
+		d.tell(Event{Kind: DeviceFailed, Connection: c.index, Err: cause})
 	}
 }
 
@@ -202,7 +268,7 @@ func (d *Device) Size() int64 { return d.export.size }
 // Limits are the server's, but for its maximum block: longer requests are cut.
 func (d *Device) Limits() block.Limits { return d.limits }
 
-// Connections is the number of connections.
+// Connections is the number of connections, whether they are there at the moment or not.
 func (d *Device) Connections() int { return len(d.conns) }
 
 // Submit sends r to the server. It does not wait: r is completed by the goroutine that reads from its connection, as a
@@ -218,18 +284,35 @@ func (d *Device) Submit(r *block.Request) {
 		r.Complete(nil)
 	case r.Op == block.OpWriteZeroes && r.Flags&block.Fast != 0 && !e.has(flagFastZero):
 		r.Complete(block.NewError(r, syscall.ENOTSUP, "the NBD server does not tell whether it is fast"))
+	case r.Op != block.OpRead && d.doubt.Load() != nil:
+		r.Complete(block.WrapError(r, *d.doubt.Load()))
 	default:
-		d.conns[int(r.Queue)%len(d.conns)].submit(r)
+		d.pick(int(r.Queue)).submit(r)
 	}
 }
 
+// pick chooses a connection: the same for the same number as long as that is there.
+func (d *Device) pick(number int) *conn {
+	first := number % len(d.conns)
+	if c := d.conns[first]; c.live.Load() || len(d.conns) == 1 {
+		return c
+	}
+	for i := range d.conns {
+		if c := d.conns[(first+i)%len(d.conns)]; c.live.Load() {
+			return c
+		}
+	}
+	return d.conns[first]
+}
+
 // Close ends the connections and waits for all goroutines of the device. What is in flight is waited for, but no
-// longer than ten seconds; then it fails with ESHUTDOWN, as requests do that are submitted later. It must not be
-// called from a completion. It returns nil.
+// longer than ten seconds, and not at all while the server is away; then it fails with ESHUTDOWN, as requests do that
+// are submitted later. It must not be called from a completion. It returns nil.
 func (d *Device) Close() error {
 	for _, c := range d.conns {
 		c.retire(errClosed, d.closing)
 	}
+	d.stop()
 	d.running.Wait()
 	return nil
 }

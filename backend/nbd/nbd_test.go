@@ -516,11 +516,7 @@ func TestStream(t *testing.T) {
 	if err := e.settle(nil); err != nil {
 		t.Fatal(err)
 	}
-	d := &Device{export: e, limits: e.limits(), closing: closeLimit}
-	c := newConn(client, e, d.ended)
-	d.conns = []*conn{c}
-	d.running.Go(c.run)
-	d.running.Go(c.write)
+	d := newDevice(Config{}, []net.Conn{client}, []export{e})
 	model(t, d, 3, 100)
 	if err := d.Close(); err != nil {
 		t.Error(err)

@@ -15,8 +15,8 @@ const (
 	errorPayloadMax = 2 * stringMax
 	// statusPayloadMax is the largest payload of a block status that is read, in bytes; more is a hostile server.
 	statusPayloadMax = 64 << 20
-	// retireLimit is the time that a server that is shutting down has for what is in flight.
-	retireLimit = 10 * time.Second
+	// lingerLimit is the time that a server that is shutting down, or that has been silent, has for what is in flight.
+	lingerLimit = 10 * time.Second
 )
 
 // receive reads replies until the stream ends or the server breaks the protocol.
@@ -101,21 +101,33 @@ func (c *conn) find(cookie uint64) (*slot, error) {
 // answered ends the part of s, whose last reply has been read.
 func (c *conn) answered(s *slot) {
 	shutdown := errors.Is(s.err, syscall.ESHUTDOWN)
+	again := c.device.config.ReconnectTimeout > 0
 	c.held = true
 	c.mu.Lock()
 	c.corked = true
 	var done outcome
-	if s.state == slotSending {
+	switch {
+	case again && c.cause == nil && (shutdown || !c.up && s.command != cmdRead && s.command != cmdBlockStatus):
+		// It goes over the next connection. An acknowledgement of a lost one comes too late for durable.go.
+	case s.state == slotSending:
 		s.state = slotAnswered // the sender still reads its memory
-	} else {
+	default:
 		done = c.settleLocked(s)
 	}
 	c.mu.Unlock()
+	c.device.announce(c)
 	done.deliver()
-	if shutdown {
-		c.retire(broken(errors.New("it is shutting down")), retireLimit)
+	c.productive = true
+	switch {
+	case shutdown && again:
+		c.linger(errShuttingDown)
+	case shutdown:
+		c.retire(broken(errShuttingDown), lingerLimit)
 	}
 }
+
+// errShuttingDown is the end of a connection by a server that says so in time.
+var errShuttingDown = errors.New("it is shutting down")
 
 // simple deals with a simple reply, whose header has been taken.
 func (c *conn) simple(reply simpleReply) error {

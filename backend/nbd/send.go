@@ -53,7 +53,7 @@ func (o *output) init(c *conn) {
 // +checklocks:c.mu
 func (c *conn) startLocked() bool {
 	nothing := c.queueLen == 0 && !c.goodbye
-	if nothing || c.sending || c.corked && c.queueLen < corkMax {
+	if nothing || !c.up || c.sending || c.corked && c.queueLen < corkMax {
 		return false
 	}
 	c.sending = true
@@ -135,6 +135,9 @@ func (c *conn) nextBatchLocked() (bye bool) {
 		}
 	}
 	o.batch = o.batch[:0]
+	if !c.up {
+		return false
+	}
 	for c.queueLen > 0 && len(o.batch) < batchMax {
 		s := c.dequeueLocked()
 		s.state = slotSending
@@ -147,6 +150,7 @@ func (c *conn) nextBatchLocked() (bye bool) {
 
 // deliverEarly delivers what the server had answered before its batch was out.
 func (o *output) deliverEarly() {
+	o.conn.device.announce(o.conn)
 	for i, done := range o.early {
 		o.early[i] = outcome{}
 		done.deliver()
@@ -173,14 +177,19 @@ func (o *output) gather(bye bool) {
 // +checklocks:c.mu
 func (c *conn) releaseOutputLocked() {
 	c.sending = false
-	if c.cause != nil {
+	if !c.up {
 		c.idle.Broadcast()
 	}
 }
 
-// giveUp ends the connection after a failed write, and gives the output back.
+// giveUp drops what is left to write after a write failed, and gives the output back. The reader ends the connection.
 func (c *conn) giveUp(err error) {
-	c.abort(describe(err))
+	if c.lose(describe(err)) {
+		_ = c.stream.Close() // the reader is to see it; a stream that lingers has its own limit
+	}
+	o := &c.out
+	clear(o.chunks)
+	o.chunks, o.batch, o.stage = o.chunks[:0], o.batch[:0], o.stage[:0]
 	c.mu.Lock()
 	c.releaseOutputLocked()
 	c.mu.Unlock()
@@ -212,6 +221,7 @@ func (o *output) writeSome(fd uintptr) bool {
 			return true
 		default:
 			o.chunks = consume(o.chunks, n)
+			o.conn.sign()
 		}
 	}
 	return true
@@ -254,5 +264,6 @@ func (o *output) writeStaged() error {
 func (o *output) flushStage() error {
 	_, err := o.conn.stream.Write(o.stage)
 	o.stage = o.stage[:0]
+	o.conn.sign()
 	return err
 }

@@ -28,6 +28,8 @@ type slot struct {
 	request *block.Request // nil: query
 	query   *query         // nil: request
 	done    int64          // bytes of the request that earlier parts have dealt with
+	acked   uint64         // of a flush: the acknowledgements that it is to cover
+	losses  int            // connections that were lost while the request was with the server
 
 	// The part on the wire.
 	command uint16
@@ -52,13 +54,13 @@ func (s *slot) cookie() uint64 { return uint64(s.generation)<<16 | uint64(s.inde
 
 // load puts a request in the slot and prepares its first part.
 func (s *slot) load(e *export, r *block.Request) {
-	s.request, s.done, s.err = r, 0, nil
+	s.request, s.done, s.losses, s.err = r, 0, 0, nil
 	s.prepare(e)
 }
 
 // loadQuery puts a query in the slot.
 func (s *slot) loadQuery(q *query) {
-	s.query, s.err = q, nil
+	s.query, s.losses, s.err = q, 0, nil
 	s.command, s.flags, s.offset, s.length = cmdBlockStatus, 0, q.offset, q.length
 	s.generation++
 }
@@ -84,6 +86,21 @@ func (s *slot) prepare(e *export) {
 			s.flags |= cmdFlagFastZero
 		}
 	}
+}
+
+// restart prepares the slot for another connection. What an earlier part of a write has done may be gone with the
+// server, so it begins anew.
+func (s *slot) restart(e *export) {
+	s.err = nil
+	if s.query != nil {
+		s.query.extents, s.query.told = s.query.extents[:0], false
+		s.generation++
+		return
+	}
+	if s.request.Op.Writes() {
+		s.done = 0
+	}
+	s.prepare(e)
 }
 
 // advance goes on after a part that went well. It is false when the request is done.

@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"errors"
+	"reflect"
 	"strings"
 	"syscall"
 	"testing"
@@ -43,7 +44,7 @@ func TestParseURI(t *testing.T) {
 			}
 		}
 		c.TLS = nil
-		if c != test.want || name != test.name {
+		if !reflect.DeepEqual(c, test.want) || name != test.name {
 			t.Errorf("%s: got %+v and TLS name %q", test.uri, c, name)
 		}
 	}
