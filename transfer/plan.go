@@ -1,18 +1,18 @@
 package transfer
 
 import (
-	"context"
 	"fmt"
+	"sync"
 
 	"cowherd/block"
 )
 
 const (
-	// windowSize is the part of the source in bytes whose extents are looked up at a time.
+	// windowSize is the part of the source in bytes whose extents are held in memory at a time.
 	windowSize = 64 << 20
 	// zeroPieceMax is the longest range in bytes that is made zero at a time.
 	zeroPieceMax = 64 << 20
-	// batchPiecesMax is the most pieces that travel together.
+	// batchPiecesMax is the most pieces of a batch.
 	batchPiecesMax = 32
 )
 
@@ -23,96 +23,180 @@ type piece struct {
 	over           bool // over zeroes: the destination reads as zeroes
 }
 
-// A batch is neighbouring pieces, in order, and all that lies between them and needs no work. It belongs to the
-// planner, then to a worker, then to the tracker, which gives it back.
+// A batch is what a worker deals with at a time: neighbouring pieces, in order, and all that lies between them and needs
+// no work. It belongs to its worker.
 type batch struct {
-	end     int64 // where the next batch begins
+	start   int64 // where it begins on the source
 	pieces  []piece
 	skipped int64 // bytes that need no work
 	data    int64 // bytes of data
-	done    bool  // the tracker's
 }
 
-// planner cuts a source into pieces.
+// planner cuts a source into batches, and knows the low-water mark: all before it has been done.
 type planner struct {
 	*transfer
-	at      int64       // all before it has been planned
-	batch   *batch      // that is being filled; nil: none
-	batches chan *batch // to the workers
-	free    chan *batch // all batches that are not in use
+	end     int64
+	changed chan struct{} // the mark may have risen; room for one
 
-	source, destination []block.Extent // of the window
+	// mu is held while extents are looked up, which may take as long as a round trip: who waits for it wants to know
+	// what comes next, and nobody does until the look-up is over.
+	mu sync.Mutex
+	// at: all before it has been given to workers.
+	at int64 // +checklocks:mu
+	// window is where the window ends.
+	window int64 // +checklocks:mu
+	// source and destination are the extents of the window, from at on.
+	source      lookup // +checklocks:mu
+	destination lookup // +checklocks:mu
+	// busy are the workers that have a batch.
+	busy map[*worker]struct{} // +checklocks:mu
+	// failed: a look-up has failed.
+	failed bool // +checklocks:mu
 }
 
-func newPlanner(t *transfer, start int64) *planner {
-	// As many as workers hold, and as many again that wait for the oldest, and to be taken.
-	count := 4*len(t.workers) + 4
-	p := &planner{transfer: t, at: start, batches: make(chan *batch, len(t.workers)), free: make(chan *batch, count)}
-	for range count {
-		p.free <- &batch{pieces: make([]piece, 0, batchPiecesMax)}
+// newPlanner plans from start on. zeroed: the destination reads as zeroes.
+func newPlanner(t *transfer, start int64, zeroed bool) *planner {
+	p := &planner{transfer: t, end: t.end, changed: make(chan struct{}, 1), busy: make(map[*worker]struct{}, len(t.workers))}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.at, p.window = start, start
+	p.source = newLookup(t.Source)
+	p.destination = newLookup(t.Destination)
+	if zeroed {
+		p.destination = lookup{zero: true}
 	}
 	return p
 }
 
-// run plans everything. It closes batches.
-func (p *planner) run(ctx context.Context) error {
-	defer close(p.batches)
-	for p.at < p.end {
-		end := min(p.at+windowSize-p.at%windowSize, p.end)
-		if err := p.window(ctx, end); err != nil {
-			return err
+// next gives w another batch, after it has done the one before. It is false when there is nothing left to do.
+func (p *planner) next(w *worker) (more bool, err error) {
+	p.mu.Lock()
+	delete(p.busy, w)
+	b := &w.batch
+	b.start, b.pieces, b.skipped, b.data = p.at, b.pieces[:0], 0, 0
+	for !p.failed && p.at < p.end && b.data < p.PieceSize && len(b.pieces) < batchPiecesMax {
+		if err = p.planLocked(b); err != nil {
+			p.failed = true
 		}
 	}
-	return p.send(ctx)
+	if more = p.at > b.start && err == nil; more {
+		p.busy[w] = struct{}{}
+	}
+	p.mu.Unlock()
+	select {
+	case p.changed <- struct{}{}:
+	default: // the keeper has been told and has not looked yet
+	}
+	return more, err
 }
 
-// window plans all up to end.
-func (p *planner) window(ctx context.Context, end int64) (err error) {
-	if p.source, err = extents(p.source[:0], p.Source, p.at, end); err != nil {
-		return fmt.Errorf("source: %w", err)
+// reached is the low-water mark.
+func (p *planner) reached() int64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	mark := p.at
+	for w := range p.busy {
+		mark = min(mark, w.batch.start)
 	}
-	p.destination = append(p.destination[:0], block.Extent{Offset: p.at, Length: end - p.at, Zero: p.Zeroed})
-	if !p.Zeroed {
-		p.destination, err = extents(p.destination[:0], p.Destination, p.at, end)
-		if err != nil {
-			return fmt.Errorf("destination: %w", err)
-		}
-	}
-	p.source = aligned(p.source, p.unit)
-	p.destination = aligned(p.destination, p.unit)
-	for _, e := range p.source {
-		if e.Zero {
-			err = p.planZeroes(ctx, e)
-		} else {
-			err = p.planData(ctx, e)
-		}
-		if err != nil {
+	return mark
+}
+
+// planLocked adds a piece to b, or lets it pass over what needs no work.
+//
+// +checklocks:p.mu
+func (p *planner) planLocked(b *batch) error {
+	if p.at == p.window {
+		if err := p.moveLocked(); err != nil {
 			return err
 		}
+	}
+	e, x := p.source.at(p.at), p.destination.at(p.at)
+	end := min(e.Offset+e.Length, p.window)
+	switch {
+	case !e.Zero:
+		end = min(end, p.at+p.PieceSize-p.at%p.PieceSize)
+		b.pieces = append(b.pieces, piece{offset: p.at, length: end - p.at, over: x.Zero && x.Offset+x.Length >= end})
+		b.data += end - p.at
+	case x.Zero && !p.Allocated:
+		end = min(end, x.Offset+x.Length)
+		b.skipped += end - p.at
+	default:
+		end = min(end, x.Offset+x.Length, p.at+zeroPieceMax)
+		b.pieces = append(b.pieces, piece{offset: p.at, length: end - p.at, zero: true, over: x.Zero})
+		b.data = p.PieceSize // it may take long: on its own
+	}
+	p.at = end
+	return nil
+}
+
+// moveLocked looks up the extents of the next window.
+//
+// +checklocks:p.mu
+func (p *planner) moveLocked() error {
+	p.window = min(p.at+windowSize-p.at%windowSize, p.end)
+	if err := p.source.move(p.at, p.window, p.end, p.unit); err != nil {
+		return fmt.Errorf("source: %w", err)
+	}
+	if err := p.destination.move(p.at, p.window, p.end, p.unit); err != nil {
+		return fmt.Errorf("destination: %w", err)
 	}
 	return nil
 }
 
-// extents appends the extents of the range [start, end) of d to list: all is data where d does not know.
-func extents(list []block.Extent, d block.Device, start, end int64) ([]block.Extent, error) {
-	l, ok := d.(block.ExtentLister)
-	if !ok {
-		return append(list, block.Extent{Offset: start, Length: end - start}), nil
+// lookup is the extents of a device in a window that moves upwards.
+type lookup struct {
+	lister block.ExtentLister // nil: the device does not know
+	zero   bool               // without a lister: all is zero, not data
+	list   []block.Extent     // aligned; those that have been passed are dropped
+	memory []block.Extent     // of list
+	rest   block.Extent       // the last one, as far as it reaches beyond the window
+}
+
+func newLookup(d block.Device) lookup {
+	l, _ := d.(block.ExtentLister)
+	return lookup{lister: l}
+}
+
+// at is the extent that offset lies in. Offsets ascend.
+func (l *lookup) at(offset int64) block.Extent {
+	for len(l.list) > 1 && l.list[0].Offset+l.list[0].Length <= offset {
+		l.list = l.list[1:]
 	}
+	return l.list[0]
+}
+
+// move looks the window [start, stop) up. All up to end is asked for, and what is told beyond the window is kept: to
+// find the end of a long extent takes long, and it would be looked for again and again.
+func (l *lookup) move(start, stop, end, unit int64) error {
+	list := l.memory[:0]
 	at := start
-	err := l.Extents(start, end-start, func(e block.Extent) bool {
-		if n := len(list); n > 0 && list[n-1].Zero == e.Zero {
-			list[n-1].Length += e.Length
+	add := func(e block.Extent) bool {
+		n := min(e.Offset+e.Length, stop) - at
+		l.rest = block.Extent{Offset: at + n, Length: e.Offset + e.Length - at - n, Zero: e.Zero}
+		if last := len(list) - 1; last >= 0 && list[last].Zero == e.Zero {
+			list[last].Length += n
 		} else {
-			list = append(list, e)
+			list = append(list, block.Extent{Offset: at, Length: n, Zero: e.Zero})
 		}
-		at += e.Length
-		return true
-	})
-	if err == nil && at < end { // an answer that is too short is no reason to leave something out
-		list = append(list, block.Extent{Offset: at, Length: end - at})
+		at += n
+		return at < stop
 	}
-	return list, err
+	if l.lister == nil {
+		add(block.Extent{Offset: start, Length: stop - start, Zero: l.zero})
+	} else if rest := l.rest; rest.Length > 0 {
+		add(rest)
+	}
+	if at < stop {
+		if err := l.lister.Extents(at, end-at, add); err != nil {
+			return err
+		}
+	}
+	if at < stop { // an answer that is too short is no reason to leave something out
+		add(block.Extent{Offset: at, Length: stop - at})
+	}
+	l.memory = list
+	l.list = aligned(list, unit)
+	return nil
 }
 
 // aligned lets extents begin and end at multiples of unit, in place: a unit that is not all zero is data.
@@ -151,104 +235,4 @@ func aligned(list []block.Extent, unit int64) []block.Extent {
 	}
 	add(end, false)
 	return kept
-}
-
-// planZeroes plans the zeroes of the source in e: nothing is to be done where the destination has them.
-func (p *planner) planZeroes(ctx context.Context, e block.Extent) error {
-	for start, end := e.Offset, e.Offset+e.Length; start < end; {
-		x := p.holds(start)
-		stop := min(end, x.Offset+x.Length, start+zeroPieceMax)
-		if x.Zero && !p.Allocated {
-			if err := p.skip(ctx, min(end, x.Offset+x.Length)); err != nil {
-				return err
-			}
-			start = p.at
-			continue
-		}
-		if err := p.add(ctx, piece{offset: start, length: stop - start, zero: true, over: x.Zero}); err != nil {
-			return err
-		}
-		start = stop
-	}
-	return nil
-}
-
-// planData plans the data of the source in e, cut at multiples of the size of a piece.
-func (p *planner) planData(ctx context.Context, e block.Extent) error {
-	for start, end := e.Offset, e.Offset+e.Length; start < end; {
-		stop := min(end, start+p.PieceSize-start%p.PieceSize)
-		x := p.holds(start)
-		over := x.Zero && x.Offset+x.Length >= stop
-		if err := p.add(ctx, piece{offset: start, length: stop - start, over: over}); err != nil {
-			return err
-		}
-		start = stop
-	}
-	return nil
-}
-
-// holds is the extent of the destination at offset. Offsets ascend, so what lies before is dropped.
-func (p *planner) holds(offset int64) block.Extent {
-	for len(p.destination) > 1 && p.destination[0].Offset+p.destination[0].Length <= offset {
-		p.destination = p.destination[1:]
-	}
-	return p.destination[0]
-}
-
-// open sees to it that there is a batch.
-func (p *planner) open(ctx context.Context) error {
-	if p.batch != nil {
-		return nil
-	}
-	select {
-	case p.batch = <-p.free:
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-	p.batch.pieces, p.batch.skipped, p.batch.data, p.batch.done = p.batch.pieces[:0], 0, 0, false
-	return nil
-}
-
-// skip notes that nothing is to be done up to end.
-func (p *planner) skip(ctx context.Context, end int64) error {
-	if err := p.open(ctx); err != nil {
-		return err
-	}
-	p.batch.skipped += end - p.at
-	p.at = end
-	return nil
-}
-
-// add plans x, which begins where the piece before it has ended.
-func (p *planner) add(ctx context.Context, x piece) error {
-	if err := p.open(ctx); err != nil {
-		return err
-	}
-	b := p.batch
-	b.pieces = append(b.pieces, x)
-	p.at = x.offset + x.length
-	if !x.zero {
-		b.data += x.length
-	}
-	if b.data < p.PieceSize && len(b.pieces) < batchPiecesMax && !x.zero {
-		return nil
-	}
-	return p.send(ctx)
-}
-
-// send gives the batch, if there is one, to the workers.
-func (p *planner) send(ctx context.Context) error {
-	b := p.batch
-	if b == nil {
-		return nil
-	}
-	p.batch = nil
-	b.end = p.at
-	p.tracker.begin(b)
-	select {
-	case p.batches <- b:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
 }

@@ -3,16 +3,16 @@
 // # Design
 //
 // A planner walks the source once, from the start to the end, by its extents, and cuts it into pieces: data to be
-// copied, and ranges to be made zero. What the destination holds as zeroes already is no piece at all. Pieces travel in
-// batches, of about PieceSize bytes of data, to workers. A worker owns one buffer and does one thing at a time:
+// copied, and ranges to be made zero. What the destination holds as zeroes already is no piece at all. A worker takes
+// pieces in batches, of about PieceSize bytes of data, owns one buffer, and does one thing at a time:
 //
-//	planner     extents of a window of the source, and of the destination unless it is known to be zero
-//	            -> pieces -> batches -> a channel
-//	worker      for each piece of a batch:
+//	worker      batch := next of the planner, which looks up, a window at a time, the extents of the source, and of
+//	            the destination unless it is known to be zero
+//	            for each piece:
 //	              offload   a job of kcopyd; where that is not possible, the next line
 //	              data      read the source; look for zeroes; write what is not
 //	              zero      write zeroes
-//	            the batch is done: the low-water mark rises to the end of the oldest one that is not
+//	            the batch is done: the low-water mark rises to the start of the first one that is not
 //	keeper      starts the write-back of what lies below the mark; records the mark in the journal, when it is durable
 //
 // There are Queues times InFlight workers, each a goroutine on a queue of its own choice, so that I/O of one worker
@@ -43,10 +43,10 @@
 //  1. All below the low-water mark has been copied; a journal names a mark only when a flush that began later is over.
 //  2. A range of the destination is left as it is only if it reads as zeroes: it is told to be new (Zeroed), or its own
 //     extents say so, and nobody else writes to it.
-//  3. Memory is bounded: a buffer for each worker, a fixed number of batches, the extents of one window.
+//  3. Memory is bounded: a buffer and a batch for each worker, the extents of one window.
 //  4. The first error ends the transfer, and is the one that is returned; nothing is submitted after Run has returned.
 //
-// Lock order: tracker.mu and limiter.mu are leaves.
+// Lock order: planner.mu and limiter.mu are leaves. planner.mu is held while extents are looked up.
 package transfer
 
 import (
@@ -140,7 +140,6 @@ type transfer struct {
 	unit    int64 // what offsets and lengths of pieces are multiples of
 	workers []*worker
 	limiter *limiter
-	tracker tracker
 }
 
 // newTransfer checks the options and completes them.
@@ -241,8 +240,8 @@ func (t *transfer) run(ctx context.Context) error {
 func (t *transfer) copyAll(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	t.tracker.init(t.Start)
-	k := newKeeper(t)
+	p := newPlanner(t, t.Start, t.Zeroed)
+	k := newKeeper(p)
 	stop := make(chan struct{})
 	var keeper sync.WaitGroup
 	keeper.Go(func() {
@@ -250,7 +249,7 @@ func (t *transfer) copyAll(ctx context.Context) error {
 			cancel(err)
 		}
 	})
-	err := t.each(ctx, cancel, t.Start, (*worker).copy)
+	err := p.each(ctx, cancel, (*worker).copy)
 	close(stop)
 	keeper.Wait()
 	if err == nil {
@@ -263,16 +262,10 @@ func (t *transfer) copyAll(ctx context.Context) error {
 	return t.copyTail()
 }
 
-// each has do called by the workers for every piece from start on, and waits for all of them. The first error ends it.
-func (t *transfer) each(ctx context.Context, cancel context.CancelCauseFunc, start int64, do func(*worker, context.Context, piece) error) error {
-	p := newPlanner(t, start)
+// each has do called by the workers for every piece, and waits for all of them. The first error ends it.
+func (p *planner) each(ctx context.Context, cancel context.CancelCauseFunc, do func(*worker, context.Context, piece) error) error {
 	var all sync.WaitGroup
-	all.Go(func() {
-		if err := p.run(ctx); err != nil {
-			cancel(err)
-		}
-	})
-	for _, w := range t.workers {
+	for _, w := range p.workers {
 		all.Go(func() {
 			if err := w.run(ctx, p, do); err != nil {
 				cancel(err)

@@ -37,12 +37,11 @@ func (t *transfer) verify(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	t.Zeroed, t.Allocated = false, false // the planner is to believe the destination only
-	t.tracker.init(0)
+	t.Allocated = false // zeroes over zeroes need no look
 	for _, w := range t.workers {
 		w.kept = w.counted
 	}
-	err := t.each(ctx, cancel, 0, (*worker).compare)
+	err := newPlanner(t, 0, false).each(ctx, cancel, (*worker).compare)
 	for _, w := range t.workers {
 		verified := w.counted.verified + w.counted.skipped - w.kept.skipped
 		w.counted = w.kept

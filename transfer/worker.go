@@ -21,6 +21,7 @@ type worker struct {
 	*transfer
 	queue   block.Queue
 	call    call
+	batch   batch  // the planner reads its start
 	buffer  []byte // PieceSize bytes; made at its first use, so that its pages belong to the worker's CPU
 	other   []byte // the same, for what is compared
 	counted counts
@@ -31,7 +32,7 @@ type worker struct {
 type counts struct{ readWrite, zeroes, skipped, verified int64 }
 
 func newWorker(t *transfer, queue block.Queue) *worker {
-	return &worker{transfer: t, queue: queue, call: call{done: make(chan error, 1)}}
+	return &worker{transfer: t, queue: queue, call: call{done: make(chan error, 1)}, batch: batch{pieces: make([]piece, 0, batchPiecesMax)}}
 }
 
 // memory makes a buffer of n bytes.
@@ -41,11 +42,15 @@ func memory(n int64) []byte {
 	return p[skip : skip+n : skip+n]
 }
 
-// run takes batches until there are no more.
+// run does batches until there are no more.
 func (w *worker) run(ctx context.Context, p *planner, do func(*worker, context.Context, piece) error) error {
-	for b := range p.batches {
-		for _, x := range b.pieces {
-			if err := ctx.Err(); err != nil {
+	for {
+		more, err := p.next(w)
+		if !more || err != nil {
+			return err
+		}
+		for _, x := range w.batch.pieces {
+			if ctx.Err() != nil {
 				return context.Cause(ctx)
 			}
 			if err := do(w, ctx, x); err != nil {
@@ -53,11 +58,9 @@ func (w *worker) run(ctx context.Context, p *planner, do func(*worker, context.C
 			}
 			w.progress(x.length)
 		}
-		w.counted.skipped += b.skipped
-		w.progress(b.skipped)
-		p.tracker.finish(b, p.free)
+		w.counted.skipped += w.batch.skipped
+		w.progress(w.batch.skipped)
 	}
-	return nil
 }
 
 // copy does one piece.

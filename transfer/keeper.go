@@ -2,7 +2,6 @@ package transfer
 
 import (
 	"fmt"
-	"sync"
 	"time"
 
 	"cowherd/block"
@@ -15,58 +14,6 @@ const (
 	journalInterval = time.Second
 )
 
-// tracker knows the low-water mark: all before it has been done.
-type tracker struct {
-	changed chan struct{} // the mark has risen; room for one
-
-	mu sync.Mutex
-	// +checklocks:mu
-	mark int64
-	// +checklocks:mu
-	order []*batch // in the order of planning, those that are not done and all behind them
-}
-
-func (t *tracker) init(start int64) {
-	t.changed = make(chan struct{}, 1)
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.mark, t.order = start, nil
-}
-
-// begin takes note of b, which is behind all that came before.
-func (t *tracker) begin(b *batch) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.order = append(t.order, b)
-}
-
-// finish takes note that b is done, and gives those that the mark has passed back to free, which has room for all.
-func (t *tracker) finish(b *batch, free chan<- *batch) {
-	t.mu.Lock()
-	b.done = true
-	passed := 0
-	for passed < len(t.order) && t.order[passed].done {
-		t.mark = t.order[passed].end
-		free <- t.order[passed] // under the lock, because it never waits
-		passed++
-	}
-	t.order = t.order[:copy(t.order, t.order[passed:])]
-	t.mu.Unlock()
-	if passed > 0 {
-		select {
-		case t.changed <- struct{}{}:
-		default: // it has been told and has not looked yet
-		}
-	}
-}
-
-// reached is the mark.
-func (t *tracker) reached() int64 {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return t.mark
-}
-
 // writeBacker is a device that can be told to begin with making data durable. It is an optional power of a destination.
 type writeBacker interface {
 	// WriteBack starts to write a range to the disk, and does not wait for the end. It is no flush.
@@ -75,16 +22,16 @@ type writeBacker interface {
 
 // keeper looks after what has been copied: write-back, and the journal.
 type keeper struct {
-	*transfer
+	*planner
 	device   writeBacker // nil: there is nothing to start
 	started  int64       // the write-back of all before has been started
 	recorded int64       // the mark in the journal
 }
 
-func newKeeper(t *transfer) *keeper {
-	k := &keeper{transfer: t, started: t.Start, recorded: t.Start}
-	if t.Flush {
-		k.device, _ = t.Destination.(writeBacker)
+func newKeeper(p *planner) *keeper {
+	k := &keeper{planner: p, started: p.Start, recorded: p.Start}
+	if p.Flush {
+		k.device, _ = p.Destination.(writeBacker)
 	}
 	return k
 }
@@ -101,7 +48,7 @@ func (k *keeper) run(stop <-chan struct{}) error {
 		select {
 		case <-stop:
 			return nil
-		case <-k.tracker.changed:
+		case <-k.changed:
 			if err := k.writeBack(); err != nil {
 				return err
 			}
@@ -115,7 +62,7 @@ func (k *keeper) run(stop <-chan struct{}) error {
 
 // writeBack starts the write-back of what has been copied, if it is enough.
 func (k *keeper) writeBack() error {
-	mark := k.tracker.reached()
+	mark := k.reached()
 	if k.device == nil || mark < k.started+writeBackStep {
 		return nil
 	}
@@ -128,7 +75,7 @@ func (k *keeper) writeBack() error {
 
 // record makes what has been copied durable, and then writes it down.
 func (k *keeper) record() error {
-	mark := k.tracker.reached() / PieceSizeMax * PieceSizeMax
+	mark := k.reached() / PieceSizeMax * PieceSizeMax
 	if mark <= k.recorded {
 		return nil
 	}
