@@ -40,6 +40,7 @@ type cli struct {
 	Events     eventsCmd     `cmd:"" help:"Show what happens in the daemon."`
 	Cow        cowCmd        `cmd:"" help:"Inspect, check, repair, export and merge persistent snapshots, without a daemon."`
 	Demo       demoCmd       `cmd:"" help:"Freeze a disk while it is written, prove it, and see what it costs."`
+	Copy       copyCmd       `cmd:"" help:"Copy an image, a block device, an export or a live device."`
 	Bench      benchCmd      `cmd:"" help:"Measure cowherd from the inside."`
 	Version    versionCmd    `cmd:"" help:"Show the versions of this program and of the daemon."`
 	Completion completionCmd `cmd:"" help:"Print a completion script for a shell."`

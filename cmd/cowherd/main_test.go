@@ -134,6 +134,17 @@ func TestUsage(t *testing.T) {
 		{"status --dm --json", "contradict"},
 		{"events --since x", "--since"},
 		{"completion csh", "bash"},
+		{"copy a", "<destination>"},
+		{"copy a b --sparse 3k", "not a power of two"},
+		{"copy a b --sparse 3kB", "two meanings"},
+		{"copy a b --request-size 1k", "from 4k to 16 MiB"},
+		{"copy a b --connections 0", "from 1 to 64"},
+		{"copy a b --queues 100 --requests 100", "more than 1024"},
+		{"copy a b --rate 0", "never end"},
+		{"copy a b --allocated --destination-is-zero", "contradict"},
+		{"copy a b --resume --no-flush", "contradict"},
+		{"copy a b --journal c", "needs --resume"},
+		{"copy a b --quiet --json", "contradict"},
 		{"serve --tls perhaps", "--tls"},
 		{"serve --engine steam", "--engine"},
 		{"serve --tls require --state /nowhere --control /nowhere/x", "needs --tls-certificates"},
@@ -148,7 +159,7 @@ func TestHelp(t *testing.T) {
 	r := cowherd(t, "--help")
 	r.want(t, exitOK, "Usage: cowherd <command>", "")
 	for _, command := range []string{
-		"serve", "attach", "detach", "snapshot", "rm", "resize", "merge", "ls", "status", "events", "cow", "version",
+		"serve", "attach", "detach", "snapshot", "rm", "resize", "merge", "ls", "status", "events", "cow", "copy", "version",
 		"completion",
 	} {
 		if !strings.Contains(r.stdout, "\n  "+command+" ") {

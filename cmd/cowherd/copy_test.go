@@ -1,0 +1,419 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"cowherd/transfer"
+)
+
+// sampleImage makes an image of n bytes: random data in some of its parts, and holes.
+func sampleImage(t testing.TB, path string, n int64) []byte {
+	t.Helper()
+	content := make([]byte, n)
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o644)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := f.Truncate(n); err != nil {
+		t.Fatal(err)
+	}
+	source := rand.NewChaCha8([32]byte{byte(n)})
+	for at := int64(0); at < n; at += 1 << 20 {
+		part := content[at:min(at+640<<10, n)]
+		if at>>20%4 == 3 {
+			continue
+		}
+		_, _ = source.Read(part) // never fails
+		if _, err := f.WriteAt(part, at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return content
+}
+
+// holds checks the content of a file.
+func holds(t testing.TB, path string, want []byte) {
+	t.Helper()
+	got, err := os.ReadFile(path)
+	if err != nil || !bytes.Equal(got, want) {
+		t.Errorf("%s holds something else (%d bytes, %d expected), %v", path, len(got), len(want), err)
+	}
+}
+
+// only checks what files there are.
+func only(t testing.TB, dir string, want ...string) {
+	t.Helper()
+	list, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, e := range list {
+		names = append(names, e.Name())
+	}
+	if fmt.Sprint(names) != fmt.Sprint(want) {
+		t.Errorf("%s has %v, want %v", dir, names, want)
+	}
+}
+
+func TestCopy(t *testing.T) {
+	dir := scratchDir(t)
+	t.Chdir(dir)
+	const n = 5<<20 + 1234
+	content := sampleImage(t, "a", n)
+	cowherd(t, "copy", "a", "b").want(t, exitOK, "b: 5 MiB in ", "")
+	holds(t, "b", content)
+	stat, err := os.Stat("b")
+	if err != nil || stat.Mode() != 0o644 {
+		t.Errorf("mode %v, %v", stat.Mode(), err)
+	}
+	var st syscall.Stat_t
+	if err := syscall.Stat("b", &st); err != nil || st.Blocks*512 > 4*(640<<10)+(64<<10) {
+		t.Errorf("%d bytes allocated, %v", st.Blocks*512, err)
+	}
+	cowherd(t, "copy", "a", "b").want(t, exitError, "", "b holds data: --force overwrites it")
+	if err := os.WriteFile("b", bytes.Repeat([]byte{7}, 9<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cowherd(t, "copy", "a", "b", "--force", "--verify").want(t, exitOK, "5 MiB verified", "")
+	holds(t, "b", content)
+	if err := os.WriteFile("c", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := cowherd(t, "copy", "a", "c", "--json", "--no-flush")
+	var report copyReport
+	if err := json.Unmarshal([]byte(r.stdout), &report); err != nil {
+		t.Fatal(err, r)
+	}
+	if report.Size != n || report.ReadWrite+report.Skipped != n || report.Flushed || report.Changed || report.Source != "a" {
+		t.Errorf("%+v", report)
+	}
+	if r := cowherd(t, "copy", "a", "d", "--quiet", "--allocated"); r.status != exitOK || r.stdout+r.stderr != "" {
+		t.Errorf("%+v", r)
+	}
+	if err := syscall.Stat("d", &st); err != nil || st.Blocks*512 < n {
+		t.Errorf("%d bytes allocated, %v", st.Blocks*512, err)
+	}
+	holds(t, "d", content)
+	only(t, ".", "a", "b", "c", "d")
+}
+
+func TestCopyRefuses(t *testing.T) {
+	dir := scratchDir(t)
+	t.Chdir(dir)
+	content := sampleImage(t, "a", 1<<20)
+	sampleImage(t, "b", 1<<20)
+	if err := os.Link("a", "hard"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("a", "soft"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir("dir", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for args, text := range map[string]string{
+		"none b":                            "none: no such file",
+		"a dir":                             "dir is a directory: name the file in it",
+		"dir b":                             "dir is a directory",
+		"a a --force":                       "a and a are the same",
+		"a hard --force":                    "the same",
+		"a soft --force":                    "the same",
+		"soft hard --force":                 "the same",
+		"a /dev/null":                       "neither a regular file nor a block device",
+		"a none/b":                          "no such file",
+		"a nbd+unix:///x?socket=none":       "no such file",
+		"nbd://h/x nbd://h/x":               "the same",
+		"a nbd://h/x?y=z":                   "y",
+		"a nbd+unix:///?socket=no --resume": "--resume needs --journal",
+	} {
+		want := exitError
+		if strings.Contains(text, "needs") {
+			want = exitUsage
+		}
+		cowherd(t, append([]string{"copy"}, strings.Fields(args)...)...).want(t, want, "", text)
+	}
+	holds(t, "a", content)
+	only(t, ".", "a", "b", "dir", "hard", "soft")
+}
+
+// TestCopyLocked: what others have open is left alone.
+func TestCopyLocked(t *testing.T) {
+	t.Chdir(scratchDir(t))
+	sampleImage(t, "a", 1<<20)
+	content := sampleImage(t, "b", 1<<20)
+	lock := func(path string, kind int16, start, length int64) (unlock func()) {
+		f, err := os.OpenFile(path, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l := unix.Flock_t{Type: kind, Start: start, Len: length}
+		if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &l); err != nil {
+			t.Skipf("the file system has no locks: %v", err)
+		}
+		return func() { _ = f.Close() }
+	}
+	unlock := lock("b", unix.F_RDLCK, 201, 1) // as qemu: others shall not write
+	cowherd(t, "copy", "a", "b", "--force").want(t, exitError, "", "another program has it open")
+	holds(t, "b", content)
+	unlock()
+	unlock = lock("a", unix.F_RDLCK, 100, 2) // as qemu: reads and writes
+	cowherd(t, "copy", "a", "c").want(t, exitError, "", "another program writes to it; --shared reads it all the same")
+	cowherd(t, "copy", "a", "c", "--shared").want(t, exitOK, "", "")
+	unlock()
+	unlock = lock("a", unix.F_RDLCK, 0, 0) // another reader
+	cowherd(t, "copy", "a", "d").want(t, exitOK, "", "")
+	unlock()
+	unlock = lock("a", unix.F_WRLCK, 0, 0) // a daemon
+	cowherd(t, "copy", "a", "e").want(t, exitError, "", "--shared reads it all the same")
+	unlock()
+	only(t, ".", "a", "b", "c", "d")
+}
+
+// TestCopyLive: a live device is copied, and copied to, by its name.
+func TestCopyLive(t *testing.T) {
+	dir := serve(t)
+	t.Chdir(dir)
+	content := sampleImage(t, "disk.img", 3<<20)
+	cowherd(t, "attach", "vm", "disk.img").want(t, exitOK, "attached", "")
+	cowherd(t, "snapshot", "vm@a").want(t, exitOK, "taken", "")
+	cowherd(t, "copy", "vm@a", "a.img", "--verify").want(t, exitOK, "a.img: 3 MiB", "")
+	holds(t, "a.img", content)
+	cowherd(t, "copy", "disk.img", "b.img").want(t, exitError, "", "--shared")
+	other := sampleImage(t, "other.img", 2<<20)
+	cowherd(t, "copy", "other.img", "disk.img", "--force").want(t, exitError, "", "another program has it open")
+	cowherd(t, "copy", "other.img", "vm").want(t, exitError, "", "vm is a live device: --force overwrites it")
+	cowherd(t, "copy", "other.img", "vm", "--force").want(t, exitOK, "vm: 2 MiB", "")
+	cowherd(t, "copy", "vm", "now.img").want(t, exitOK, "", "")
+	holds(t, "now.img", append(other, content[2<<20:]...))
+	cowherd(t, "copy", "vm@a", "then.img").want(t, exitOK, "", "")
+	holds(t, "then.img", content)
+	sampleImage(t, "vm", 1<<20)
+	cowherd(t, "copy", "vm", "c.img").want(t, exitError, "", "vm is a file and a live device: write ./vm")
+	cowherd(t, "copy", "./vm", "c.img").want(t, exitOK, "", "")
+}
+
+// TestCopyInterrupted: a new image vanishes, an old one is marked, and with a journal the copy goes on.
+func TestCopyInterrupted(t *testing.T) {
+	t.Chdir(scratchDir(t))
+	content := sampleImage(t, "a", 40<<20)
+	interrupted := func(text string, args ...string) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+		defer cancel()
+		var stdout, stderr bytes.Buffer
+		status := run(ctx, append([]string{"copy", "--rate", "8M"}, args...), nil, &stdout, &stderr)
+		if status != exitError || !strings.Contains(stderr.String(), text) {
+			t.Errorf("status %d, %q; want %q", status, stderr.String(), text)
+		}
+	}
+	interrupted("b was removed", "a", "b")
+	only(t, ".", "a")
+	sampleImage(t, "c", 1<<20)
+	interrupted("c is incomplete, as c.cowherd-copy tells", "a", "c", "--force")
+	only(t, ".", "a", "c", "c.cowherd-copy")
+	cowherd(t, "copy", "a", "c").want(t, exitError, "", "c.cowherd-copy tells of a copy to c that was not finished")
+	cowherd(t, "copy", "a", "c", "--resume").want(t, exitOK, "c: 40 MiB", "")
+	holds(t, "c", content)
+	interrupted("0 B of it can be gone on with, by the same command", "a", "d", "--resume")
+	only(t, ".", "a", "c", "d", "d.cowherd-copy")
+	now := time.Now()
+	if err := os.Chtimes("a", now, now); err != nil {
+		t.Fatal(err)
+	}
+	cowherd(t, "copy", "a", "d", "--resume").want(t, exitError, "", "the source cannot be gone on with: it has been written since")
+	cowherd(t, "copy", "a", "d", "--force").want(t, exitOK, "", "")
+	holds(t, "d", content)
+	only(t, ".", "a", "c", "d")
+}
+
+// TestCopyKilled kills a copy again and again, at random moments; what is made durable before is never done again, and
+// the result is whole.
+func TestCopyKilled(t *testing.T) {
+	t.Chdir(scratchDir(t))
+	content := sampleImage(t, "a", 96<<20)
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	r := rand.New(rand.NewPCG(seed, 0))
+	args := []string{"copy", "a", "b", "--resume", "--rate", "16M", "--progress", "json"}
+	before := int64(0)
+	for range 3 {
+		p := startProgram(t, nil, args...)
+		for range 1 + r.IntN(2) {
+			p.waitLog(t, `"done_bytes"`)
+		}
+		if err := p.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		p.end(t)
+		done := journalDone(t, "a", "b")
+		t.Logf("killed with %d bytes done", done)
+		if done < before {
+			t.Errorf("%d bytes were done, and now %d", before, done)
+		}
+		got, err := os.ReadFile("b")
+		if err != nil || !bytes.Equal(got[:done], content[:done]) {
+			t.Errorf("what the journal says is done is not, %v", err)
+		}
+		before = done
+	}
+	r1 := cowherd(t, "copy", "a", "b", "--resume", "--json", "--verify")
+	var report copyReport
+	if err := json.Unmarshal([]byte(r1.stdout), &report); err != nil {
+		t.Fatal(err, r1)
+	}
+	if report.Resumed != before || report.Verified != 96<<20 {
+		t.Errorf("%+v, %d bytes had been done", report, before)
+	}
+	holds(t, "b", content)
+	only(t, ".", "a", "b")
+}
+
+// journalDone reads the journal of a copy.
+func journalDone(t *testing.T, source, destination string) int64 {
+	t.Helper()
+	var ids [2]transfer.Identity
+	for i, path := range []string{source, destination} {
+		var err error
+		if ids[i], err = identify(kindFile, path, 96<<20); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ids[1].Modified = 0
+	j, err := transfer.OpenJournal(destination+journalSuffix, ids[0], ids[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer j.Close()
+	return j.Done()
+}
+
+// TestCopyNoRoom: a full file system.
+func TestCopyNoRoom(t *testing.T) {
+	dir := mountTmpfs(t, "size=2m")
+	t.Chdir(scratchDir(t))
+	sampleImage(t, "a", 8<<20)
+	to := filepath.Join(dir, "b")
+	cowherd(t, "copy", "a", to).want(t, exitError, "", "no space left on device; "+to+" was removed")
+	cowherd(t, "copy", "a", to, "--resume", "--journal", "j").want(t, exitError, "", "can be gone on with")
+	only(t, ".", "a", "j")
+}
+
+// mountTmpfs mounts a file system in memory.
+func mountTmpfs(t *testing.T, options string) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := unix.Mount("cowherd-test", dir, "tmpfs", 0, options); err != nil {
+		t.Skipf("no file system can be mounted: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
+// TestCopyLoop: a loop device is its file.
+func TestCopyLoop(t *testing.T) {
+	t.Chdir(scratchDir(t))
+	content := sampleImage(t, "a", 3<<20+700)
+	if err := os.WriteFile("disk", bytes.Repeat([]byte{9}, 4<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("losetup", "--find", "--show", "disk").Output()
+	if err != nil {
+		t.Skipf("no loop device: %v", err)
+	}
+	loop := strings.TrimSpace(string(out))
+	t.Cleanup(func() {
+		if err := exec.Command("losetup", "--detach", loop).Run(); err != nil {
+			t.Error(err)
+		}
+	})
+	cowherd(t, "copy", "disk", loop).want(t, exitError, "", "are the same")
+	cowherd(t, "copy", loop, "disk", "--force").want(t, exitError, "", "are the same")
+	cowherd(t, "copy", "a", loop, "--verify").want(t, exitOK, loop+": 3 MiB", "")
+	got, err := os.ReadFile(loop)
+	if err != nil || !bytes.Equal(got[:len(content)], content) || !bytes.Equal(got[len(content):], bytes.Repeat([]byte{9}, 4<<20-len(content))) {
+		t.Errorf("the loop device holds something else, %v", err)
+	}
+	cowherd(t, "copy", loop, "back").want(t, exitOK, "back: 4 MiB", "")
+	holds(t, "back", got)
+	sampleImage(t, "large", 5<<20)
+	cowherd(t, "copy", "large", loop).want(t, exitError, "", "too small")
+	held, err := os.OpenFile(loop, os.O_RDONLY|unix.O_EXCL, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cowherd(t, "copy", "a", loop).want(t, exitError, "", "is mounted, or another program holds it")
+	if err := held.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestCopyForeign copies to and from another server, and has another program compare.
+func TestCopyForeign(t *testing.T) {
+	t.Chdir(scratchDir(t))
+	content := sampleImage(t, "a", 9<<20)
+	if err := os.WriteFile("served", bytes.Repeat([]byte{5}, 10<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range []struct{ socket, image string }{{"s", "served"}, {"r", "a"}} {
+		startNBDKit(t, x.socket, x.image)
+	}
+	to, from := "nbd+unix:///?socket=s", "nbd+unix:///?socket=r"
+	cowherd(t, "copy", "a", to, "--verify").want(t, exitOK, to, "")
+	holds(t, "served", append(bytes.Clone(content), bytes.Repeat([]byte{5}, 1<<20)...))
+	cowherd(t, "copy", from, "b", "--verify").want(t, exitOK, "", "")
+	holds(t, "b", content)
+	cowherd(t, "copy", from, to, "--resume", "--journal", "j").want(t, exitOK, "", "")
+	if path, err := exec.LookPath("qemu-img"); err != nil {
+		t.Skip("qemu-img is not installed")
+	} else if out, err := exec.Command(path, "compare", "-f", "raw", "-F", "raw", "a", "b").CombinedOutput(); err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
+// startNBDKit serves a file until the test ends.
+func startNBDKit(t *testing.T, socket, image string) {
+	t.Helper()
+	path, err := exec.LookPath("nbdkit")
+	if err != nil {
+		t.Skip("nbdkit is not installed")
+	}
+	c := exec.Command(path, "--foreground", "--exit-with-parent", "--unix", socket, "file", image)
+	var out bytes.Buffer
+	c.Stdout, c.Stderr = &out, &out
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = c.Process.Kill()
+		_ = c.Wait()
+	})
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) { // another program tells no other way
+		if stream, err := net.Dial("unix", socket); err == nil {
+			_ = stream.Close()
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("nbdkit does not listen: %s", out.String())
+		}
+	}
+}
