@@ -1,7 +1,6 @@
 package kcopyd
 
 import (
-	"math/rand/v2"
 	"time"
 
 	"cowherd/block"
@@ -29,7 +28,8 @@ const (
 	// timedAlways is the size in bytes from which every piece is timed. Of smaller ones, each of which takes little more
 	// than reading the clock does, one in timedShare is, and counts for so many.
 	timedAlways = 64 << 10
-	timedShare  = 16
+	timedShift  = 6
+	timedShare  = 1 << timedShift
 )
 
 // counter is what is counted of one class and method. It is in a shard, under the shard's lock.
@@ -46,7 +46,7 @@ type counters struct {
 
 // MethodStats tell what was copied by one method for one class of jobs. An operation is a piece of a job; its latency is
 // from the first request of it to the last completion, waiting for a lane included, and for a buffer excluded. Of small
-// pieces one in sixteen is timed and counts for sixteen.
+// pieces one in 64 is timed and counts for 64.
 type MethodStats struct {
 	Class      string           `json:"class"`  // cow, hydration, merge, bulk
 	Method     string           `json:"method"` // readwrite, zero, clone, device, server
@@ -74,16 +74,19 @@ type RouteStats struct {
 
 // startClock begins to time the piece of s, or not.
 func (s *subJob) startClock() {
-	s.weight = 0
-	switch {
-	case s.length >= timedAlways:
-		s.weight = 1
-	case rand.Uint32()%timedShare == 0:
+	j := s.job
+	s.weight = 1
+	if s.length < timedAlways {
+		// Random enough: which one it is depends on where it lies and on those that the sub-job copied before.
+		s.noise = (s.noise + uint32(j.From.Offset>>9)) * 2654435769
+		if s.noise>>(32-timedShift) != 0 {
+			s.weight = 0
+			return
+		}
+		s.noise++
 		s.weight = timedShare
-	default:
-		return
 	}
-	s.began = s.job.state.core.now()
+	s.began = j.state.core.now()
 }
 
 // countLocked counts the piece of s, which has ended.
@@ -91,26 +94,56 @@ func (s *subJob) startClock() {
 // +checklocks:sh.mu
 func (sh *shard) countLocked(s *subJob) {
 	j := s.job
-	t := s.tally()
-	sh.counted.add(&t)
+	if s.isWhole() && !s.goesOn() {
+		sh.counted.jobs++
+		if j.ReadErr != nil || j.WriteErr != nil {
+			sh.counted.errors++
+		}
+	}
 	if s.length == 0 && s.bad == 0 {
 		return
 	}
 	c := &sh.by[j.Class%ClassCount][s.method]
 	if s.unread || s.cut || s.bad > 0 {
-		if !s.cut {
-			c.errors++
-		}
+		sh.countBadLocked(s, c)
 		return
 	}
+	length := uint64(s.length)
 	c.operations++
-	c.bytes += uint64(s.length)
-	if s.weight > 0 {
-		if c.latency == nil {
-			c.latency = new(metrics.Histogram)
-		}
-		c.latency.Record(time.Duration(j.state.core.now()-s.began), uint64(s.weight))
+	c.bytes += length
+	if s.method == methodReadWrite {
+		sh.counted.bytesRead += length
 	}
+	sh.counted.bytesWritten += length * uint64(len(j.To))
+	if s.weight > 0 {
+		c.time(s)
+	}
+}
+
+// countBadLocked counts the piece of s, which was not copied completely.
+//
+// +checklocks:sh.mu
+func (sh *shard) countBadLocked(s *subJob, c *counter) {
+	if !s.cut {
+		c.errors++
+	}
+	if s.unread {
+		return
+	}
+	if s.method == methodReadWrite {
+		sh.counted.bytesRead += uint64(s.length)
+	}
+	if !s.cut {
+		sh.counted.bytesWritten += uint64(s.length) * uint64(len(s.job.To)-s.bad)
+	}
+}
+
+// time adds the time of the piece of s, which has ended.
+func (c *counter) time(s *subJob) {
+	if c.latency == nil {
+		c.latency = new(metrics.Histogram)
+	}
+	c.latency.Record(time.Duration(s.job.state.core.now()-s.began), uint64(s.weight))
 }
 
 // fellBack counts a piece that might have been offloaded.

@@ -33,11 +33,12 @@ type subJob struct {
 	bad            int   // destinations that it could not be written to; guarded by the job's state.mu during I/O
 	rest           int64 // bytes behind the piece that are to be planned by this sub-job
 	method         method
-	weight         uint8 // how many pieces its time counts for; 0: it is not timed
-	admitted       bool  // by the throttle, which is to be told of its end
-	gentle         bool  // the foreground is busy: the piece is to be small
-	expects        int64 // bytes that the throttle was paid for
-	began          int64 // when it was begun, in ns of the engine's clock; valid if timed
+	weight         uint8  // how many pieces its time counts for; 0: it is not timed
+	noise          uint32 // decides which pieces are timed
+	admitted       bool   // by the throttle, which is to be told of its end
+	gentle         bool   // the foreground is busy: the piece is to be small
+	expects        int64  // bytes that the throttle was paid for
+	began          int64  // when it was begun, in ns of the engine's clock; valid if timed
 
 	buf     *buffer
 	barrier barrier
@@ -285,25 +286,6 @@ func (s *subJob) passTurn() *subJob {
 		}
 	}
 	return nil
-}
-
-// tally is what s adds to the counters when it ends its piece.
-func (s *subJob) tally() tally {
-	j := s.job
-	var t tally
-	if s.isWhole() && !s.goesOn() {
-		t = j.tally()
-	}
-	if s.unread {
-		return t
-	}
-	if j.From.Device != nil && s.method == methodReadWrite {
-		t.bytesRead = uint64(s.length)
-	}
-	if !s.cut {
-		t.bytesWritten = uint64(s.length) * uint64(len(j.To)-s.bad)
-	}
-	return t
 }
 
 // goesOn tells whether s, whose piece has ended, is to look for another one.
