@@ -25,7 +25,8 @@ import (
 //     range is dropped from it, having been written too: a page that is dirty there would later overwrite the copy.
 //   - After the command the destination's range is dropped again, for the kernel reads ahead, and others look at disks
 //     (udev). What was read before the copy must not be shown after it.
-//   - The kernel may keep a page that it is asked to drop, so it is asked what is left (cachestat, Linux 6.5). While
+//   - The page cache has pages of up to 2 MiB, of which it drops none by parts; then what is beside the range is dropped
+//     with it. The kernel may keep even that, so it is asked what is left (cachestat, Linux 6.5). While
 //     something is, the range counts as not copied; writing it by the page cache puts everything right. A device that
 //     does direct I/O reads and writes past the page cache anyhow: for its own sake nothing needs to be dropped, and what
 //     is, as far as it can be, is for those who look at the disk after it.
@@ -220,10 +221,19 @@ func (d *Device) writeBack(offset, length int64) error {
 
 // drop takes a range out of the page cache. not done: something is left there that matters.
 func (d *Device) drop(offset, length int64) (done bool, err error) {
-	if err := d.writeBack(offset, length); err != nil {
-		return false, err
+	left, err := d.dropPages(offset, length)
+	if left > 0 && err == nil {
+		// Pages may be parts of a larger one, which begins or ends outside.
+		page := int64(os.Getpagesize())
+		largest := page * page / 8 // what a table of 8-byte entries maps
+		start := offset &^ (largest - 1)
+		if _, err = d.dropPages(start, min((offset+length+largest-1)&^(largest-1), d.Size())-start); err == nil {
+			left, err = d.dropPages(offset, length)
+		}
 	}
-	left, err := d.sys.uncache(d.fd, offset, length)
+	if f := d.failure.Load(); f != nil {
+		return false, f
+	}
 	if d.direct {
 		return true, nil
 	}
@@ -231,6 +241,14 @@ func (d *Device) drop(offset, length int64) (done bool, err error) {
 		return false, fmt.Errorf("what the page cache holds is not known: %w", unix.ENOTSUP)
 	}
 	return left == 0, nil
+}
+
+// dropPages writes back a range of the page cache and drops it. It returns how many pages are left of it.
+func (d *Device) dropPages(offset, length int64) (left uint64, err error) {
+	if err := d.writeBack(offset, length); err != nil {
+		return 0, err
+	}
+	return d.sys.uncache(d.fd, offset, length)
 }
 
 // findNamespace asks what block device d is a part of, and what it can do. ENOTSUP: it is no NVMe device, or has no Copy
