@@ -25,7 +25,8 @@ type calls struct {
 	copyRange func(to, from int, source, destination, length int64) (int64, error)
 	nvme      func(fd int, request uint, c *nvmeCommand) (status int, err error)
 	writeBack func(fd int, offset, length int64) error
-	uncache   func(fd int, offset, length int64) (left uint64, err error)
+	uncache   func(fd int, offset, length int64) error
+	cached    func(fd int, offset, length int64) (pages uint64, err error)
 }
 
 // kernelCalls are the real ones.
@@ -47,6 +48,7 @@ func kernelCalls() calls {
 		nvme:        nvme,
 		writeBack:   writeBack,
 		uncache:     uncache,
+		cached:      cached,
 	}
 }
 
@@ -138,12 +140,13 @@ func writeBack(fd int, offset, length int64) error {
 		unix.SYNC_FILE_RANGE_WAIT_BEFORE|unix.SYNC_FILE_RANGE_WRITE|unix.SYNC_FILE_RANGE_WAIT_AFTER)
 }
 
-// uncache drops a range from the page cache that is not dirty, and tells how many pages are left in it nevertheless:
-// those that are in use, or are part of a larger one. ENOSYS: a kernel before 6.5 cannot tell.
-func uncache(fd int, offset, length int64) (left uint64, err error) {
-	if err := unix.Fadvise(fd, offset, length, unix.FADV_DONTNEED); err != nil {
-		return 0, err
-	}
+// uncache drops from the page cache what it can of a range that is not dirty.
+func uncache(fd int, offset, length int64) error {
+	return unix.Fadvise(fd, offset, length, unix.FADV_DONTNEED)
+}
+
+// cached is how many pages of a range the page cache holds. ENOSYS: a kernel before 6.5 cannot tell.
+func cached(fd int, offset, length int64) (pages uint64, err error) {
 	var has unix.Cachestat_t
 	err = unix.Cachestat(uint(fd), &unix.CachestatRange{Off: uint64(offset), Len: uint64(length)}, &has, 0)
 	return has.Cache, err

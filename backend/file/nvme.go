@@ -25,11 +25,12 @@ import (
 //     range is dropped from it, having been written too: a page that is dirty there would later overwrite the copy.
 //   - After the command the destination's range is dropped again, for the kernel reads ahead, and others look at disks
 //     (udev). What was read before the copy must not be shown after it.
-//   - The page cache has pages of up to 2 MiB, of which it drops none by parts; then what is beside the range is dropped
-//     with it. The kernel may keep even that, so it is asked what is left (cachestat, Linux 6.5). While
-//     something is, the range counts as not copied; writing it by the page cache puts everything right. A device that
-//     does direct I/O reads and writes past the page cache anyhow: for its own sake nothing needs to be dropped, and what
-//     is, as far as it can be, is for those who look at the disk after it.
+//   - The kernel drops no page that is still being read, as it reads ahead, and none by parts, of up to 2 MiB. So it is
+//     asked what is left (cachestat, Linux 6.5). Then reads are waited for, and what is beside the range is dropped with
+//     it. While something is left even so, the range counts as not copied; writing it by the page cache puts everything
+//     right.
+//   - A device that does direct I/O reads and writes past the page cache anyhow: for its own sake nothing needs to be
+//     dropped, and what is, as far as it can be, is for those who look at the disk after it.
 //   - All of this is about the page cache of these two block devices. A disk has another one than its partitions: what
 //     has been written to one of them and read from the other was never coherent.
 //   - A flush of the destination sends a flush to the controller, which makes copies durable like writes.
@@ -140,7 +141,7 @@ func (d *Device) commandOffers(s *Device) []block.CopyOffer {
 
 // tellsCached tells whether the kernel knows what of a device is in the page cache.
 func (d *Device) tellsCached() bool {
-	_, err := d.sys.uncache(d.fd, 0, int64(os.Getpagesize()))
+	_, err := d.sys.cached(d.fd, 0, int64(os.Getpagesize()))
 	return err == nil
 }
 
@@ -219,36 +220,58 @@ func (d *Device) writeBack(offset, length int64) error {
 	return nil
 }
 
+// dropTries is how often it is tried to drop a range from the page cache.
+const dropTries = 3
+
 // drop takes a range out of the page cache. not done: something is left there that matters.
 func (d *Device) drop(offset, length int64) (done bool, err error) {
-	left, err := d.dropPages(offset, length)
-	if left > 0 && err == nil {
-		// Pages may be parts of a larger one, which begins or ends outside.
+	start, end := offset, offset+length
+	for range dropTries {
+		if err := d.writeBack(start, end-start); err != nil {
+			return false, err
+		}
+		err := d.sys.uncache(d.fd, start, end-start)
+		if d.direct {
+			return true, nil
+		}
+		left := uint64(0)
+		if err == nil {
+			left, err = d.sys.cached(d.fd, offset, length)
+		}
+		if err != nil {
+			return false, fmt.Errorf("what the page cache holds is not known: %w", unix.ENOTSUP)
+		}
+		if left == 0 {
+			return true, nil
+		}
+		if err := d.settle(offset, length); err != nil {
+			return false, err
+		}
+		// What is left may be part of a larger page, which begins or ends outside.
 		page := int64(os.Getpagesize())
 		largest := page * page / 8 // what a table of 8-byte entries maps
-		start := offset &^ (largest - 1)
-		if _, err = d.dropPages(start, min((offset+length+largest-1)&^(largest-1), d.Size())-start); err == nil {
-			left, err = d.dropPages(offset, length)
-		}
+		start, end = offset&^(largest-1), min((offset+length+largest-1)&^(largest-1), d.Size())
 	}
-	if f := d.failure.Load(); f != nil {
-		return false, f
-	}
-	if d.direct {
-		return true, nil
-	}
-	if err != nil {
-		return false, fmt.Errorf("what the page cache holds is not known: %w", unix.ENOTSUP)
-	}
-	return left == 0, nil
+	return false, nil
 }
 
-// dropPages writes back a range of the page cache and drops it. It returns how many pages are left of it.
-func (d *Device) dropPages(offset, length int64) (left uint64, err error) {
-	if err := d.writeBack(offset, length); err != nil {
-		return 0, err
+// settle waits for the pages of a range that are in the page cache but are still being read, as the kernel reads ahead:
+// it looks for what is cached by halves, and has it read a byte of each page.
+func (d *Device) settle(offset, length int64) error {
+	left, err := d.sys.cached(d.fd, offset, length)
+	if left == 0 || err != nil {
+		return err
 	}
-	return d.sys.uncache(d.fd, offset, length)
+	page := int64(os.Getpagesize())
+	if length <= page {
+		var p [1]byte
+		return d.read(p[:], offset)
+	}
+	half := (length/2 + page - 1) &^ (page - 1)
+	if err := d.settle(offset, half); err != nil {
+		return err
+	}
+	return d.settle(offset+half, length-half)
 }
 
 // findNamespace asks what block device d is a part of, and what it can do. ENOTSUP: it is no NVMe device, or has no Copy
