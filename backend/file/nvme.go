@@ -167,7 +167,7 @@ func (d *Device) copyByCommand(s *Device, from, to, length int64) (int64, error)
 		length > target.commandMax() || first < at+length && at < first+length {
 		return 0, nil
 	}
-	if err := s.writeBack(from, length); err != nil {
+	if err := s.writeOut(from, length); err != nil {
 		return 0, err
 	}
 	if done, err := d.drop(to, length); !done || err != nil {
@@ -211,9 +211,9 @@ func putLittle16(p *uint16, n uint16) {
 	binary.LittleEndian.PutUint16((*[2]byte)(unsafe.Pointer(p))[:], n)
 }
 
-// writeBack writes to the disk what is dirty of a range in the page cache. An error is reported to nobody else, so that
+// writeOut writes to the disk what is dirty of a range in the page cache. An error is reported to nobody else, so that
 // it ends the device like a failed fdatasync.
-func (d *Device) writeBack(offset, length int64) error {
+func (d *Device) writeOut(offset, length int64) error {
 	if err := retry(func() error { return d.sys.writeBack(d.fd, offset, length) }); err != nil {
 		return d.fail(fmt.Errorf("sync_file_range: %w", err))
 	}
@@ -227,7 +227,7 @@ const dropTries = 3
 func (d *Device) drop(offset, length int64) (done bool, err error) {
 	start, end := offset, offset+length
 	for range dropTries {
-		if err := d.writeBack(start, end-start); err != nil {
+		if err := d.writeOut(start, end-start); err != nil {
 			return false, err
 		}
 		err := d.sys.uncache(d.fd, start, end-start)
