@@ -15,6 +15,7 @@ import (
 	"cowherd/backend/file"
 	"cowherd/block"
 	"cowherd/internal/invariant"
+	"cowherd/kcopyd"
 )
 
 const (
@@ -41,12 +42,18 @@ func TestCrash(t *testing.T) {
 			if err := writeVersions(source); err != nil {
 				t.Fatal(err)
 			}
+			engine := kcopyd.NewScaled(kcopyd.Config{})
+			defer func() {
+				if err := engine.Close(); err != nil {
+					t.Error(err)
+				}
+			}()
 			stop := make(chan struct{})
 			var writers [crashWriters]*crashWriter
 			var running sync.WaitGroup
 			for i := range writers {
 				w := &crashWriter{
-					name: fmt.Sprint(i), source: source, random: rand.New(rand.NewPCG(uint64(i), 1)),
+					name: fmt.Sprint(i), source: source, engine: engine, random: rand.New(rand.NewPCG(uint64(i), 1)),
 					flushed: make(chan struct{}),
 				}
 				w.file = d.create(w.name, crashRegions*crashRegion, file.Options{Direct: i%2 == 1})
@@ -114,6 +121,7 @@ type crashWriter struct {
 	name    string
 	source  *file.Device
 	file    *file.Device
+	engine  kcopyd.Engine
 	random  *rand.Rand
 	flushed chan struct{} // a message for each flush, closed at the end
 
@@ -147,7 +155,7 @@ func (w *crashWriter) run(stop <-chan struct{}) error {
 	}
 }
 
-// step gives a region its next version, by a clone or by reading and writing.
+// step gives a region its next version: by a clone, by the engine's, or by reading and writing.
 func (w *crashWriter) step() error {
 	i := w.random.IntN(crashRegions)
 	w.mu.Lock()
@@ -157,8 +165,11 @@ func (w *crashWriter) step() error {
 	version := w.issued[i]
 	w.mu.Unlock()
 	from, to := int64(version)*crashRegion, int64(i)*crashRegion
-	if w.random.IntN(3) == 0 {
+	switch w.random.IntN(4) {
+	case 0:
 		return readWrite(w.file, w.source, to, from, crashRegion)
+	case 1:
+		return run(w.engine, kcopyd.CloneOnly, w.file, w.source, to, from, crashRegion)
 	}
 	n, err := w.file.Copy(block.CopyClone, w.source, from, to, crashRegion)
 	if err == nil && n != crashRegion {

@@ -174,6 +174,16 @@ func (d *disk) create(name string, size int64, o file.Options) *file.Device {
 	return closing(d.t, made)
 }
 
+// remove takes the names of files away, so that others can have them.
+func (d *disk) remove(list ...*file.Device) {
+	d.t.Helper()
+	for _, f := range list {
+		if err := os.Remove(f.Path()); err != nil {
+			d.t.Error(err)
+		}
+	}
+}
+
 // closing closes a device at the end of the test.
 func closing(t testing.TB, d *file.Device) *file.Device {
 	t.Cleanup(func() {

@@ -7,12 +7,14 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
 	"cowherd/backend/devicetest"
 	"cowherd/backend/file"
 	"cowherd/block"
+	"cowherd/kcopyd"
 )
 
 const (
@@ -50,7 +52,19 @@ func (d *disk) model(t *testing.T, seed uint64, direct bool) {
 	if direct {
 		size &^= modelUnit - 1
 	}
+	// Copies of a block and more are offloaded where they can be, whatever is faster.
+	config := kcopyd.Config{OffloadFloor: modelUnit, OffloadThreshold: modelUnit}
 	p := &pair{t: t, direct: direct}
+	if seed%2 == 0 {
+		p.engine = kcopyd.NewSerialised(config)
+	} else {
+		p.engine = kcopyd.NewScaled(config)
+	}
+	defer func() {
+		if err := p.engine.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
 	for i := range p.files {
 		p.files[i] = d.create(fmt.Sprintf("%d-%d", seed, i), size, file.Options{Direct: direct})
 		p.models[i] = make([]byte, size)
@@ -81,7 +95,11 @@ func (d *disk) model(t *testing.T, seed uint64, direct bool) {
 		holds(t, f, 0, p.models[i])
 		devicetest.Extents(t, f, 0, size)
 	}
-	t.Logf("seed %d: cloned %d bytes, read and wrote %d", seed, p.cloned, p.written)
+	clones := bytesBy(p.engine, "clone")
+	t.Logf("seed %d: cloned %d bytes, %d by the engine, which read and wrote %d", seed, p.cloned.Load(), clones, bytesBy(p.engine, "readwrite"))
+	if want := d.kind.shares; (clones > 0) != want || (p.cloned.Load() > 0) != want {
+		t.Errorf("cloned %d bytes, %d by the engine", p.cloned.Load(), clones)
+	}
 }
 
 // pair is two files and what they must hold.
@@ -90,9 +108,8 @@ type pair struct {
 	direct bool
 	files  [2]*file.Device
 	models [2][]byte
-
-	mu              sync.Mutex
-	cloned, written int64 // +checklocks:mu
+	engine kcopyd.Engine
+	cloned atomic.Int64 // bytes, by calls of Copy
 }
 
 // worker does random operations on [start, end) of both files.
@@ -158,7 +175,7 @@ func (w *worker) step() error {
 	return block.Flush(f)
 }
 
-// copy copies from one of the files to one of them, by a clone as far as that goes.
+// copy copies from one of the files to one of them: by a clone as far as that goes, or by the engine.
 func (w *worker) copy() error {
 	to, from := w.random.IntN(2), w.random.IntN(2)
 	blocks := w.random.IntN(8) != 0
@@ -178,18 +195,57 @@ func (w *worker) copy() error {
 		length = min(length, max(target-source, source-target))
 	}
 	want := bytes.Clone(w.models[from][source : source+length])
-	n, err := w.files[to].Copy(block.CopyClone, w.files[from], source, target, length)
+	var err error
+	if w.random.IntN(3) == 0 {
+		err = w.byCalls(w.files[to], w.files[from], target, source, length)
+	} else {
+		err = w.byEngine(w.files[to], w.files[from], target, source, length)
+	}
+	if err != nil {
+		return err
+	}
+	copy(w.models[to][target:], want)
+	return nil
+}
+
+// byCalls copies by one clone, and the rest by reading and writing.
+func (w *worker) byCalls(to, from *file.Device, target, source, length int64) error {
+	n, err := to.Copy(block.CopyClone, from, source, target, length)
 	if err != nil && !errors.Is(err, syscall.ENOTSUP) {
 		return err
 	}
-	if err := readWrite(w.files[to], w.files[from], target+n, source+n, length-n); err != nil {
-		return err
+	w.cloned.Add(n)
+	return readWrite(to, from, target+n, source+n, length-n)
+}
+
+// byEngine copies by a job of any kind. One that insists on a clone, and cannot have it, says so.
+func (w *worker) byEngine(to, from *file.Device, target, source, length int64) error {
+	policy := kcopyd.Offload(w.random.IntN(4))
+	err := run(w.engine, policy, to, from, target, source, length)
+	if policy >= kcopyd.OffloadOnly && block.Errno(err) == syscall.ENOTSUP {
+		return readWrite(to, from, target, source, length) // parts may have been cloned
 	}
-	w.mu.Lock()
-	w.cloned, w.written = w.cloned+n, w.written+length-n
-	w.mu.Unlock()
-	copy(w.models[to][target:], want)
-	return nil
+	return err
+}
+
+// run does a job of the engine's.
+func run(e kcopyd.Engine, policy kcopyd.Offload, to, from block.Device, target, source, length int64) error {
+	done := make(chan error, 1)
+	e.Submit(&kcopyd.Job{
+		From: kcopyd.Region{Device: from, Offset: source}, To: []kcopyd.Region{{Device: to, Offset: target}}, Length: length,
+		Class: kcopyd.Bulk, Offload: policy, Done: func(j *kcopyd.Job) { done <- j.Err() },
+	})
+	return <-done
+}
+
+// bytesBy is how many bytes the engine has copied by a method.
+func bytesBy(e kcopyd.Engine, method string) (n uint64) {
+	for _, m := range e.Stats().Methods {
+		if m.Method == method {
+			n += m.Bytes
+		}
+	}
+	return n
 }
 
 // readWrite copies a range by reading and writing.
