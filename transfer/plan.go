@@ -35,6 +35,7 @@ type batch struct {
 // planner cuts a source into batches, and knows the low-water mark: all before it has been done.
 type planner struct {
 	*transfer
+	copies  bool // not: compares
 	end     int64
 	changed chan struct{} // the mark may have risen; room for one
 
@@ -54,9 +55,10 @@ type planner struct {
 	failed bool // +checklocks:mu
 }
 
-// newPlanner plans from start on. zeroed: the destination reads as zeroes.
-func newPlanner(t *transfer, start int64, zeroed bool) *planner {
-	p := &planner{transfer: t, end: t.end, changed: make(chan struct{}, 1), busy: make(map[*worker]struct{}, len(t.workers))}
+// newPlanner plans from start on. zeroed: the destination reads as zeroes. copies: what is planned is to be copied, not
+// compared.
+func newPlanner(t *transfer, start int64, zeroed, copies bool) *planner {
+	p := &planner{transfer: t, copies: copies, end: t.end, changed: make(chan struct{}, 1), busy: make(map[*worker]struct{}, len(t.workers))}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.at, p.window = start, start
@@ -112,9 +114,12 @@ func (p *planner) planLocked(b *batch) error {
 	}
 	e, x := p.source.at(p.at), p.destination.at(p.at)
 	end := min(e.Offset+e.Length, p.window)
+	coarse := p.copies && p.coarse.Load()
 	switch {
 	case !e.Zero:
-		end = min(end, p.at+p.PieceSize-p.at%p.PieceSize)
+		if !coarse {
+			end = min(end, p.at+p.PieceSize-p.at%p.PieceSize)
+		}
 		b.pieces = append(b.pieces, piece{offset: p.at, length: end - p.at, over: x.Zero && x.Offset+x.Length >= end})
 		b.data += end - p.at
 	case x.Zero && !p.Allocated:
@@ -134,6 +139,11 @@ func (p *planner) planLocked(b *batch) error {
 // +checklocks:p.mu
 func (p *planner) moveLocked() error {
 	p.window = min(p.at+windowSize-p.at%windowSize, p.end)
+	if p.copies && p.coarse.Load() && p.offload.clones { // whatever it is, it is cloned
+		p.source.assume(p.at, p.window, false)
+		p.destination.assume(p.at, p.window, false)
+		return nil
+	}
 	if err := p.source.move(p.at, p.window, p.end, p.unit); err != nil {
 		return fmt.Errorf("source: %w", err)
 	}
@@ -163,6 +173,12 @@ func (l *lookup) at(offset int64) block.Extent {
 		l.list = l.list[1:]
 	}
 	return l.list[0]
+}
+
+// assume has the window [start, stop) all zero, or all data, without looking.
+func (l *lookup) assume(start, stop int64, zero bool) {
+	l.memory = append(l.memory[:0], block.Extent{Offset: start, Length: stop - start, Zero: zero})
+	l.list, l.rest = l.memory, block.Extent{}
 }
 
 // move looks the window [start, stop) up. All up to end is asked for, and what is told beyond the window is kept: to

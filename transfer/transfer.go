@@ -55,6 +55,7 @@ import (
 	"math/bits"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -92,8 +93,10 @@ type Options struct {
 	InFlight int
 	// PieceSize is the size in bytes of reads and writes, a power of two up to PieceSizeMax; 0: PieceSizeDefault.
 	PieceSize int64
-	// Rate is the most that is copied in a second, in bytes; 0: no limit.
+	// Rate is the most that is copied in a second, in bytes; 0: no limit. Clones do not count.
 	Rate int64
+	// Method is how data may be copied.
+	Method Method
 
 	// Flush makes the destination durable before Run returns.
 	Flush bool
@@ -110,6 +113,9 @@ type Options struct {
 type Result struct {
 	Size      int64         `json:"size_bytes"`
 	Resumed   int64         `json:"resumed_bytes"`   // before Start
+	Clone     int64         `json:"clone_bytes"`     // by clones, holes included
+	Device    int64         `json:"device_bytes"`    // by the device's own copy
+	Server    int64         `json:"server_bytes"`    // by the server of a file system
 	ReadWrite int64         `json:"readwrite_bytes"` // read and written
 	Zeroes    int64         `json:"zeroes_bytes"`    // made zero
 	Skipped   int64         `json:"skipped_bytes"`   // zeroes where the destination had them already
@@ -126,7 +132,12 @@ func Run(ctx context.Context, o Options) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
-	err = t.run(ctx)
+	if err = t.prepareOffload(); err == nil {
+		err = t.run(ctx)
+		if end := t.endOffload(); err == nil {
+			err = end
+		}
+	}
 	r := t.result()
 	r.Took = time.Since(start)
 	return r, err
@@ -140,11 +151,16 @@ type transfer struct {
 	unit    int64 // what offsets and lengths of pieces are multiples of
 	workers []*worker
 	limiter *limiter
+
+	offload  offloading
+	coarse   atomic.Bool      // pieces are as long as an offload likes them
+	absences atomic.Int32     // offloads in a row that turned out to be impossible
+	moved    map[string]int64 // what the engine has moved by each method, in bytes
 }
 
 // newTransfer checks the options and completes them.
 func newTransfer(o Options) (*transfer, error) {
-	t := &transfer{Options: o, size: o.Source.Size()}
+	t := &transfer{Options: o, size: o.Source.Size(), moved: map[string]int64{}}
 	from, to := o.Source.Limits(), o.Destination.Limits()
 	t.unit = int64(max(from.LogicalBlock, to.LogicalBlock, 1))
 	t.end = t.size &^ (int64(max(to.LogicalBlock, 1)) - 1)
@@ -240,7 +256,7 @@ func (t *transfer) run(ctx context.Context) error {
 func (t *transfer) copyAll(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	p := newPlanner(t, t.Start, t.Zeroed)
+	p := newPlanner(t, t.Start, t.Zeroed, true)
 	k := newKeeper(p)
 	stop := make(chan struct{})
 	var keeper sync.WaitGroup
@@ -278,12 +294,21 @@ func (p *planner) each(ctx context.Context, cancel context.CancelCauseFunc, do f
 
 // result sums up what the workers have counted.
 func (t *transfer) result() Result {
-	r := Result{Size: t.size, Resumed: t.Start}
+	r, offloaded := Result{Size: t.size, Resumed: t.Start}, int64(0)
 	for _, w := range t.workers {
 		r.ReadWrite += w.counted.readWrite
 		r.Zeroes += w.counted.zeroes
 		r.Skipped += w.counted.skipped
 		r.Verified += w.counted.verified
+		offloaded += w.counted.offloaded
+	}
+	// What was begun and had to be read and written in the end is in the engine's counters too.
+	for _, m := range []struct {
+		method block.CopyMethod
+		to     *int64
+	}{{block.CopyClone, &r.Clone}, {block.CopyDevice, &r.Device}, {block.CopyServer, &r.Server}} {
+		*m.to = min(t.moved[m.method.String()], offloaded)
+		offloaded -= *m.to
 	}
 	return r
 }

@@ -200,7 +200,7 @@ func TestMark(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := newPlanner(tr, 0, true)
+	p := newPlanner(tr, 0, true, true)
 	first, second := tr.workers[0], tr.workers[1]
 	step := func(w *worker, want int64) {
 		t.Helper()

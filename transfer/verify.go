@@ -41,7 +41,7 @@ func (t *transfer) verify(ctx context.Context) error {
 	for _, w := range t.workers {
 		w.kept = w.counted
 	}
-	err := newPlanner(t, 0, false).each(ctx, cancel, (*worker).compare)
+	err := newPlanner(t, 0, false, false).each(ctx, cancel, (*worker).compare)
 	for _, w := range t.workers {
 		verified := w.counted.verified + w.counted.skipped - w.kept.skipped
 		w.counted = w.kept

@@ -7,6 +7,7 @@ import (
 	"unsafe"
 
 	"cowherd/block"
+	"cowherd/kcopyd"
 )
 
 // zeroRunMin is the shortest run of zeroes in bytes that is made zero by the destination where it holds something else:
@@ -24,15 +25,21 @@ type worker struct {
 	batch   batch  // the planner reads its start
 	buffer  []byte // PieceSize bytes; made at its first use, so that its pages belong to the worker's CPU
 	other   []byte // the same, for what is compared
+	job     kcopyd.Job
+	to      [1]kcopyd.Region
+	jobDone chan struct{}
 	counted counts
 	kept    counts // what counted was before the verification
 }
 
 // counts are bytes.
-type counts struct{ readWrite, zeroes, skipped, verified int64 }
+type counts struct{ readWrite, zeroes, skipped, verified, offloaded int64 }
 
 func newWorker(t *transfer, queue block.Queue) *worker {
-	return &worker{transfer: t, queue: queue, call: call{done: make(chan error, 1)}, batch: batch{pieces: make([]piece, 0, batchPiecesMax)}}
+	w := &worker{transfer: t, queue: queue, call: call{done: make(chan error, 1)}, jobDone: make(chan struct{}, 1)}
+	w.batch.pieces = make([]piece, 0, batchPiecesMax)
+	w.job.Done = func(*kcopyd.Job) { w.jobDone <- struct{}{} }
+	return w
 }
 
 // memory makes a buffer of n bytes.
@@ -68,20 +75,35 @@ func (w *worker) copy(ctx context.Context, x piece) error {
 	if x.zero {
 		return w.zero(x.offset, x.length)
 	}
-	if err := w.limiter.wait(ctx, x.length); err != nil {
+	if done, err := w.offloadPiece(ctx, x); done || err != nil {
 		return err
 	}
 	if w.buffer == nil {
 		w.buffer = memory(w.PieceSize)
 	}
-	p := w.buffer[:x.length]
-	if err := w.read(w.Source, p, x.offset); err != nil {
+	for start, end := x.offset, x.offset+x.length; start < end; { // one turn, unless it was to be offloaded
+		n := min(w.PieceSize-start%w.PieceSize, end-start)
+		if err := w.readWrite(ctx, start, n, x.over); err != nil {
+			return err
+		}
+		start += n
+	}
+	return nil
+}
+
+// readWrite copies n bytes at offset, at most a piece. over: the destination reads as zeroes there.
+func (w *worker) readWrite(ctx context.Context, offset, n int64, over bool) error {
+	if err := w.limiter.wait(ctx, n); err != nil {
+		return err
+	}
+	p := w.buffer[:n]
+	if err := w.read(w.Source, p, offset); err != nil {
 		return fmt.Errorf("source: %w", err)
 	}
 	if w.Sparse == 0 || w.Allocated {
-		return w.write(p, x.offset)
+		return w.write(p, offset)
 	}
-	return w.writeSparse(p, x.offset, x.over)
+	return w.writeSparse(p, offset, over)
 }
 
 // writeSparse writes p at offset, but for its zeroes: they are left out over zeroes, and made otherwise.

@@ -25,7 +25,8 @@ type copyCmd struct {
 	DestinationIsZero bool   `help:"Take it for granted that the destination reads as zeroes."`
 	Sparse            string `default:"4k" placeholder:"SIZE" help:"The unit in which data is looked at for zeroes, which are not written; 0 writes all. Default: 4k."`
 
-	Connections int    `default:"4" help:"Connections to each NBD server, if it allows several."`
+	Method      string `enum:"auto,clone,offload,readwrite" default:"auto" help:"auto: clone, or have the device copy, where that is possible, else read and write; clone: nothing else; offload: nothing but what devices and file servers do by themselves; readwrite."`
+	Connections int    `default:"0" help:"Connections to each NBD server, if it allows several. Default: the CPUs, up to 8."`
 	Queues      int    `default:"0" help:"Queues that are worked on in parallel. Default: the connections, or the CPUs."`
 	Requests    int    `default:"0" help:"Requests in flight on each queue. Default: what suits the devices."`
 	RequestSize string `default:"256k" placeholder:"SIZE" help:"Size of reads and writes. Default: 256k."`
@@ -88,6 +89,14 @@ func (c *copyCmd) Run(s *session) (err error) {
 	return c.print(s, report)
 }
 
+// copyMethods are the values of --method.
+var copyMethods = map[string]transfer.Method{
+	"auto": transfer.Auto, "clone": transfer.Clone, "offload": transfer.Offload, "readwrite": transfer.ReadWrite,
+}
+
+// connectionsMax is the most connections to one server.
+const connectionsMax = 64
+
 // options reads the flags.
 func (c *copyCmd) options() (o transfer.Options, err error) {
 	o = transfer.Options{
@@ -104,9 +113,10 @@ func (c *copyCmd) options() (o transfer.Options, err error) {
 			return o, usagef("%s: %w", x.flag, err)
 		}
 	}
+	o.Method = copyMethods[c.Method]
 	switch {
-	case c.Queues < 0 || c.Requests < 0 || c.Connections < 1 || c.Connections > 64:
-		return o, usagef("--queues and --requests are not negative, --connections are from 1 to 64")
+	case c.Queues < 0 || c.Requests < 0 || c.Connections < 0 || c.Connections > connectionsMax:
+		return o, usagef("--queues, --requests and --connections are not negative, --connections at most %d", connectionsMax)
 	case max(c.Queues, 1)*max(c.Requests, 1) > transfer.WorkersMax:
 		return o, usagef("--queues times --requests is more than %d", transfer.WorkersMax)
 	case o.Sparse&(o.Sparse-1) != 0:
@@ -117,6 +127,8 @@ func (c *copyCmd) options() (o transfer.Options, err error) {
 		return o, usagef("--rate: 0 would never end")
 	case c.Allocated && c.DestinationIsZero:
 		return o, usagef("--allocated and --destination-is-zero contradict each other")
+	case c.Allocated && c.Method == "clone":
+		return o, usagef("--allocated and --method clone contradict each other: a clone shares its blocks")
 	case c.Resume && !c.Flush:
 		return o, usagef("--resume and --no-flush contradict each other")
 	case c.Journal != "" && !c.Resume:
@@ -175,7 +187,8 @@ func (c *copyCmd) print(s *session, r copyReport) error {
 		n    int64
 		what string
 	}{
-		{r.Resumed, "done before"}, {r.ReadWrite, "read and written"}, {r.Zeroes, "made zero"}, {r.Skipped, "zero already"},
+		{r.Resumed, "done before"}, {r.Clone, "cloned"}, {r.Device, "copied by the device"}, {r.Server, "copied by the server"},
+		{r.ReadWrite, "read and written"}, {r.Zeroes, "made zero"}, {r.Skipped, "zero already"},
 		{r.Verified, "verified"},
 	} {
 		if x.n > 0 {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 
@@ -142,9 +143,15 @@ func checkWriters(path string) error {
 	return fmt.Errorf("open %s: another program writes to it; --shared reads it all the same: %w", path, syscall.EBUSY)
 }
 
+// connectionsDefaultMax bounds the connections that nobody has asked for. More than there are CPUs made servers slower.
+const connectionsDefaultMax = 8
+
 // openExport connects to an export.
 func (c *copyCmd) openExport(ctx context.Context, e *copyEnd) error {
 	e.uri.Connections = c.Connections
+	if c.Connections == 0 {
+		e.uri.Connections = min(runtime.GOMAXPROCS(0), connectionsDefaultMax)
+	}
 	d, err := nbd.Open(ctx, e.uri)
 	if err != nil {
 		return err

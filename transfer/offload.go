@@ -1,0 +1,128 @@
+package transfer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"syscall"
+
+	"cowherd/block"
+	"cowherd/kcopyd"
+)
+
+// A Method is how data may be copied.
+type Method uint8
+
+const (
+	// Auto: by a clone or the device's own copy where both devices can, else read and written.
+	Auto Method = iota
+	// Clone: by block.CopyClone; what cannot be is an error with ENOTSUP.
+	Clone
+	// Offload: by any method of block.Copier, that of servers of file systems included; what cannot be is an error with
+	// ENOTSUP.
+	Offload
+	// ReadWrite: read and written.
+	ReadWrite
+)
+
+const (
+	// offloadMin is the shortest piece in bytes that Auto offloads: a clone of less costs as much as reading and writing
+	// it, and leaves an extent more.
+	offloadMin = 64 << 10
+	// absencesMax is how many pieces in a row Auto tries in vain to offload until it gives it up for all.
+	absencesMax = 4
+)
+
+// offloading is what a transfer knows of offload.
+type offloading struct {
+	engine *kcopyd.Scaled // nil: everything is read and written
+	policy kcopyd.Offload
+	// clones: holes are copied as well as data, and cost nothing, so that the extents of the source do not matter.
+	clones bool
+}
+
+// insists tells whether nothing is to be read and written.
+func (m Method) insists() bool { return m == Clone || m == Offload }
+
+// prepareOffload finds out whether anything can be offloaded.
+func (t *transfer) prepareOffload() error {
+	if t.Method == ReadWrite || t.Allocated && t.Method == Auto {
+		return nil
+	}
+	if t.Allocated && t.Method == Clone {
+		return fmt.Errorf("a clone shares its blocks, and has no room of its own: %w", syscall.EINVAL)
+	}
+	usable := false
+	if c, ok := t.Destination.(block.Copier); ok {
+		for _, offer := range c.CopyOffers(t.Source) {
+			if !t.allows(offer.Method) {
+				continue
+			}
+			t.offload.clones = !usable && offer.Method == block.CopyClone
+			usable = true
+		}
+	} else if _, ok := t.Destination.(block.Remapper); ok {
+		usable = true // it turns out
+	}
+	if !usable {
+		if t.Method.insists() {
+			return fmt.Errorf("the destination offers no such way to be filled from the source: %w", syscall.ENOTSUP)
+		}
+		return nil
+	}
+	t.offload.policy = kcopyd.OffloadOnly
+	if t.Method == Clone {
+		t.offload.policy = kcopyd.CloneOnly
+	}
+	t.offload.engine = kcopyd.NewScaled(kcopyd.Config{CopyServer: t.Method == Offload})
+	t.coarse.Store(true)
+	return nil
+}
+
+// allows tells whether a method of offload may be used.
+func (t *transfer) allows(m block.CopyMethod) bool {
+	return m == block.CopyClone || t.Method == Offload || t.Method == Auto && m == block.CopyDevice
+}
+
+// endOffload closes the engine, and counts what it has moved.
+func (t *transfer) endOffload() error {
+	o := &t.offload
+	if o.engine == nil {
+		return nil
+	}
+	for _, m := range o.engine.Stats().Methods {
+		t.moved[m.Method] += int64(m.Bytes)
+	}
+	return o.engine.Close()
+}
+
+// offloadPiece lets kcopyd copy x. It is false when x is to be read and written.
+func (w *worker) offloadPiece(ctx context.Context, x piece) (done bool, err error) {
+	if !w.coarse.Load() || x.length < offloadMin && !w.offload.clones && !w.Method.insists() {
+		return false, nil
+	}
+	if !w.offload.clones {
+		if err := w.limiter.wait(ctx, x.length); err != nil {
+			return false, err
+		}
+	}
+	j := &w.job
+	j.From = kcopyd.Region{Device: w.Source, Offset: x.offset}
+	w.to[0] = kcopyd.Region{Device: w.Destination, Offset: x.offset}
+	j.To, j.Length, j.Class, j.Offload, j.Queue = w.to[:], x.length, kcopyd.Bulk, w.offload.policy, w.queue
+	w.offload.engine.Submit(j)
+	<-w.jobDone
+	err = j.Err()
+	if err == nil {
+		w.absences.Store(0)
+		w.counted.offloaded += x.length
+		return true, nil
+	}
+	if errors.Is(err, syscall.ENOTSUP) && !w.Method.insists() {
+		if w.absences.Add(1) >= absencesMax || w.counted.offloaded == 0 {
+			w.coarse.Store(false)
+		}
+		return false, nil
+	}
+	return false, err
+}
