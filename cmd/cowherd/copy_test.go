@@ -417,3 +417,46 @@ func startNBDKit(t *testing.T, socket, image string) {
 		}
 	}
 }
+
+// TestCopyClone: on a file system that shares blocks a copy is a clone, if nothing else is asked for.
+func TestCopyClone(t *testing.T) {
+	dir := mountTmpfs(t, "size=400m")
+	mkfs, err := exec.LookPath("mkfs.xfs")
+	if err != nil {
+		t.Skip("mkfs.xfs is not installed")
+	}
+	disk, mnt := filepath.Join(dir, "disk"), filepath.Join(dir, "mnt")
+	if err := os.WriteFile(disk, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(disk, 320<<20); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command(mkfs, "-q", "-m", "reflink=1", disk).CombinedOutput(); err != nil {
+		t.Skipf("no XFS: %v: %s", err, out)
+	}
+	if err := os.Mkdir(mnt, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("mount", "-o", "loop", disk, mnt).CombinedOutput(); err != nil {
+		t.Skipf("XFS cannot be mounted: %v: %s", err, out)
+	}
+	t.Cleanup(func() {
+		if out, err := exec.Command("umount", mnt).CombinedOutput(); err != nil {
+			t.Errorf("%v: %s", err, out)
+		}
+	})
+	a, b := filepath.Join(mnt, "a"), filepath.Join(mnt, "b")
+	content := sampleImage(t, a, 9<<20+777)
+	cowherd(t, "copy", a, b, "--method", "clone", "--verify").want(t, exitOK, "9 MiB cloned, 9 MiB verified", "")
+	holds(t, b, content)
+	cowherd(t, "copy", a, b, "--force").want(t, exitOK, "9 MiB cloned", "")
+	cowherd(t, "copy", a, b, "--force", "--method", "readwrite").want(t, exitOK, "read and written", "")
+	cowherd(t, "copy", a, b, "--force", "--allocated").want(t, exitOK, "read and written", "")
+	holds(t, b, content)
+	t.Chdir(scratchDir(t))
+	cowherd(t, "copy", a, "c", "--method", "clone").want(t, exitError, "", "offers no such way to be filled from the source")
+	only(t, ".")
+	cowherd(t, "copy", a, "c").want(t, exitOK, "read and written", "")
+	holds(t, "c", content)
+}
