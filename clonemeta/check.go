@@ -1,7 +1,6 @@
 package clonemeta
 
 import (
-	"errors"
 	"fmt"
 	"math/bits"
 
@@ -113,6 +112,3 @@ func (b *bitsChecker) lost(first, count uint64) error {
 	}
 	return b.visitor.lost(first, count)
 }
-
-// errDamaged is the error of a superblock that cannot be gone by.
-var errDamaged = errors.New("the superblock is damaged: nothing behind it can be found")

@@ -28,22 +28,23 @@ const (
 type cli struct {
 	Control string `env:"COWHERD_CONTROL" placeholder:"SOCKET" complete:"file" help:"The daemon's control socket; by default control.sock in /run/cowherd (root) or in the directory cowherd of XDG_RUNTIME_DIR."`
 
-	Serve      serveCmd      `cmd:"" help:"Run the daemon."`
-	Attach     attachCmd     `cmd:"" help:"Make a disk image or block device a live device."`
-	Detach     detachCmd     `cmd:"" help:"Flush a live device and let go of it."`
-	Snapshot   snapshotCmd   `cmd:"" help:"Freeze what a live device holds."`
-	Rm         rmCmd         `cmd:"" help:"Drop a snapshot."`
-	Resize     resizeCmd     `cmd:"" help:"Give a snapshot more room for copied chunks."`
-	Merge      mergeCmd      `cmd:"" help:"Roll a live device back to a snapshot."`
-	Ls         lsCmd         `cmd:"" help:"List devices and snapshots."`
-	Status     statusCmd     `cmd:"" help:"Show all that is known of devices and snapshots."`
-	Events     eventsCmd     `cmd:"" help:"Show what happens in the daemon."`
-	Cow        cowCmd        `cmd:"" help:"Inspect, check, repair, export and merge persistent snapshots, without a daemon."`
-	Demo       demoCmd       `cmd:"" help:"Freeze a disk while it is written, prove it, and see what it costs."`
-	Copy       copyCmd       `cmd:"" help:"Copy an image, a block device, an export or a live device."`
-	Bench      benchCmd      `cmd:"" help:"Measure cowherd from the inside."`
-	Version    versionCmd    `cmd:"" help:"Show the versions of this program and of the daemon."`
-	Completion completionCmd `cmd:"" help:"Print a completion script for a shell."`
+	Serve         serveCmd         `cmd:"" help:"Run the daemon."`
+	Attach        attachCmd        `cmd:"" help:"Make a disk image or block device a live device."`
+	Detach        detachCmd        `cmd:"" help:"Flush a live device and let go of it."`
+	Snapshot      snapshotCmd      `cmd:"" help:"Freeze what a live device holds."`
+	Rm            rmCmd            `cmd:"" help:"Drop a snapshot."`
+	Resize        resizeCmd        `cmd:"" help:"Give a snapshot more room for copied chunks."`
+	Merge         mergeCmd         `cmd:"" help:"Roll a live device back to a snapshot."`
+	Ls            lsCmd            `cmd:"" help:"List devices and snapshots."`
+	Status        statusCmd        `cmd:"" help:"Show all that is known of devices and snapshots."`
+	Events        eventsCmd        `cmd:"" help:"Show what happens in the daemon."`
+	Cow           cowCmd           `cmd:"" help:"Inspect, check, repair, export and merge persistent snapshots, without a daemon."`
+	CloneMetadata cloneMetadataCmd `cmd:"" help:"Inspect, check and repair the metadata of clones, without a daemon."`
+	Demo          demoCmd          `cmd:"" help:"Freeze a disk while it is written, prove it, and see what it costs."`
+	Copy          copyCmd          `cmd:"" help:"Copy an image, a block device, an export or a live device."`
+	Bench         benchCmd         `cmd:"" help:"Measure cowherd from the inside."`
+	Version       versionCmd       `cmd:"" help:"Show the versions of this program and of the daemon."`
+	Completion    completionCmd    `cmd:"" help:"Print a completion script for a shell."`
 }
 
 // session is what a command runs with.
