@@ -81,22 +81,34 @@ const (
 	RuleLeak         Rule = "leak"
 )
 
+// Values of CorruptError.Want.
+const (
+	atLeast = "at least"
+	atMost  = "at most"
+	inRange = "more than 0 and less than" // a block that something points to
+)
+
 // CorruptError says that metadata breaks a rule of its format, and where. Its errno is EUCLEAN.
 type CorruptError struct {
 	Block           uint64
 	Kind            string // of the block
 	Rule            Rule
 	What            string // what is wrong about the block: the thing that was compared
+	Want            string // how it is to compare with Expected: "at most"; "": it is to be that
 	Expected, Found uint64
 }
 
 // Error tells block, kind, and what was expected and found.
 func (e *CorruptError) Error() string {
-	format := "block %d (%s): %s is %d, want %d"
+	format := "block %d (%s): %s is %d, want %s%d"
 	if e.Rule == RuleChecksum {
-		format = "block %d (%s): %s is %#08x, want %#08x"
+		format = "block %d (%s): %s is %#08x, want %s%#08x"
 	}
-	return fmt.Sprintf(format, e.Block, e.Kind, e.What, e.Found, e.Expected)
+	want := e.Want
+	if want != "" {
+		want += " "
+	}
+	return fmt.Sprintf(format, e.Block, e.Kind, e.What, e.Found, want, e.Expected)
 }
 
 // Unwrap gives the errno.

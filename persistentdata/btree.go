@@ -32,7 +32,7 @@ func OpenTree(m *Manager, root uint64, valueSize int) (Tree, error) {
 	t := Tree{m: m, root: root, valueSize: valueSize}
 	if root == 0 || root >= m.space.blocks {
 		return t, &CorruptError{Block: root, Kind: KindNode.Name, Rule: RuleBlockRange,
-			What: "the number of the root of a btree, all of which are smaller than what is wanted and not 0,", Expected: m.space.blocks, Found: root}
+			What: "the root of a btree", Want: inRange, Expected: m.space.blocks, Found: root}
 	}
 	return t, nil
 }
@@ -82,7 +82,7 @@ func (t *Tree) own(f *frame) error {
 
 // tooDeep is the error of a tree that does not end.
 func (t *Tree) tooDeep(n uint64) error {
-	return &CorruptError{Block: n, Kind: KindNode.Name, Rule: RuleTreeDepth, What: "the depth at which it is found", Expected: depthMax,
+	return &CorruptError{Block: n, Kind: KindNode.Name, Rule: RuleTreeDepth, What: "the depth at which it is found", Want: atMost, Expected: depthMax,
 		Found: depthMax + 1}
 }
 
@@ -272,7 +272,7 @@ func (t *Tree) fill(p node, i int, child *frame, key uint64) (*frame, error) {
 	p.setValue(at+1, right.n)
 	l, r := node(left.data[:]), node(right.data[:])
 	if l.leaf() != r.leaf() {
-		return nil, &CorruptError{Block: other.n, Kind: KindNode.Name, Rule: RuleNodeFlags, What: "its flags, beside a neighbour,",
+		return nil, &CorruptError{Block: other.n, Kind: KindNode.Name, Rule: RuleNodeFlags, What: "its flags, beside a neighbour with others,",
 			Expected: uint64(le.Uint32(child.data[4:])), Found: uint64(le.Uint32(other.data[4:]))}
 	}
 	sum := l.len() + r.len()

@@ -99,7 +99,7 @@ func readBlock(d block.Device, p []byte, n uint64, kind *Kind) error {
 // checkRange tells whether block n lies on the device.
 func checkRange(d block.Device, n uint64, kind *Kind) error {
 	if blocks := uint64(d.Size() / BlockSize); n >= blocks {
-		return &CorruptError{Block: n, Kind: kind.Name, Rule: RuleBlockRange, What: "the number of blocks of the device, behind which it lies,",
+		return &CorruptError{Block: n, Kind: kind.Name, Rule: RuleBlockRange, What: "the number of blocks of the device", Want: atLeast,
 			Expected: n + 1, Found: blocks}
 	}
 	return nil

@@ -72,7 +72,7 @@ func (k *Checker) reach(from, n uint64, kind *Kind) bool {
 	switch {
 	case n == 0 || n >= k.blocks:
 		k.damage(from, &CorruptError{Block: from, Kind: "pointer to " + kind.Name, Rule: RuleBlockRange,
-			What: "a block that it points to, all of which are smaller than what is wanted and not 0,", Expected: k.blocks, Found: n})
+			What: "a block that it points to", Want: inRange, Expected: k.blocks, Found: n})
 		return false
 	case !k.reached.add(n):
 		k.damage(n, &CorruptError{Block: n, Kind: kind.Name, Rule: RuleReachedTwice, What: "the number of ways by which it is reached",

@@ -107,18 +107,18 @@ func Open(d block.Device, r Root, o Options) (*Manager, error) {
 
 // check tells whether a root can be right on a device of so many blocks.
 func (r Root) check(blocks uint64) error {
-	bad := func(rule Rule, what string, expected, found uint64) error {
-		return &CorruptError{Block: 0, Kind: "superblock", Rule: rule, What: what, Expected: expected, Found: found}
+	bad := func(rule Rule, what, want string, expected, found uint64) error {
+		return &CorruptError{Block: 0, Kind: "superblock", Rule: rule, What: what, Want: want, Expected: expected, Found: found}
 	}
 	switch {
 	case r.Blocks > blocks:
-		return bad(RuleSpaceMapSize, "the number of blocks that the space map covers, of a device that has fewer,", blocks, r.Blocks)
+		return bad(RuleSpaceMapSize, "the number of blocks that the space map covers", atMost, blocks, r.Blocks)
 	case r.Blocks < 4:
-		return bad(RuleSpaceMapSize, "the number of blocks that the space map covers", 4, r.Blocks)
+		return bad(RuleSpaceMapSize, "the number of blocks that the space map covers", atLeast, 4, r.Blocks)
 	case r.Index == 0 || r.Index >= r.Blocks:
-		return bad(RuleBlockRange, "the number of the space map's index block, of which all are smaller than what it is to be,", r.Blocks, r.Index)
+		return bad(RuleBlockRange, "the space map's index block", inRange, r.Blocks, r.Index)
 	case r.RefCounts == 0 || r.RefCounts >= r.Blocks:
-		return bad(RuleBlockRange, "the number of the root of reference counts, of which all are smaller than what it is to be,", r.Blocks, r.RefCounts)
+		return bad(RuleBlockRange, "the root of the reference counts", inRange, r.Blocks, r.RefCounts)
 	}
 	return nil
 }
@@ -151,7 +151,7 @@ func (m *Manager) loadSpaceMap() error {
 func (m *Manager) checkPointer(from uint64, kind *Kind, n uint64) error {
 	if n == 0 || n >= m.space.blocks {
 		return &CorruptError{Block: from, Kind: kind.Name, Rule: RuleBlockRange,
-			What: "a block that it points to, all of which are smaller than what is wanted and not 0,", Expected: m.space.blocks, Found: n}
+			What: "a block that it points to", Want: inRange, Expected: m.space.blocks, Found: n}
 	}
 	return nil
 }

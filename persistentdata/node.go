@@ -92,31 +92,31 @@ func (p node) cut(n int) {
 
 // checkNode tells whether block n, which is sealed as a node, is one whose leaves have values of this size.
 func checkNode(n uint64, p node, valueSize int) error {
-	bad := func(rule Rule, what string, expected, found uint64) error {
-		return &CorruptError{Block: n, Kind: KindNode.Name, Rule: rule, What: what, Expected: expected, Found: found}
+	bad := func(rule Rule, what, want string, expected, found uint64) error {
+		return &CorruptError{Block: n, Kind: KindNode.Name, Rule: rule, What: what, Want: want, Expected: expected, Found: found}
 	}
 	flags := le.Uint32(p[4:])
 	if flags == flagInner {
 		valueSize = 8
 	} else if flags != flagLeaf {
-		return bad(RuleNodeFlags, "its flags, 1 for an inner node and 2 for a leaf,", flagLeaf, uint64(flags))
+		return bad(RuleNodeFlags, "its flags", "1 or", flagLeaf, uint64(flags))
 	}
 	if got := le.Uint32(p[24:]); got != uint32(valueSize) {
-		return bad(RuleNodeSize, "its value size", uint64(valueSize), uint64(got))
+		return bad(RuleNodeSize, "its value size", "", uint64(valueSize), uint64(got))
 	}
 	most := entriesMax(valueSize)
 	if got := le.Uint32(p[20:]); got != uint32(most) {
-		return bad(RuleNodeSize, "its number of entries at most", uint64(most), uint64(got))
+		return bad(RuleNodeSize, "its number of entries at most", "", uint64(most), uint64(got))
 	}
 	if got := le.Uint32(p[16:]); got > uint32(most) {
-		return bad(RuleNodeSize, "its number of entries, of which there is room for as many as are wanted,", uint64(most), uint64(got))
+		return bad(RuleNodeSize, "its number of entries", atMost, uint64(most), uint64(got))
 	}
 	if flags == flagInner && p.len() == 0 {
-		return bad(RuleNodeSize, "the number of entries of an inner node, at least", 1, 0)
+		return bad(RuleNodeSize, "the number of entries of an inner node", atLeast, 1, 0)
 	}
 	for i := 1; i < p.len(); i++ {
 		if p.key(i-1) >= p.key(i) {
-			return bad(RuleNodeKeys, "a key that is to be larger than the one before it", p.key(i-1)+1, p.key(i))
+			return bad(RuleNodeKeys, "a key", atLeast, p.key(i-1)+1, p.key(i))
 		}
 	}
 	return nil

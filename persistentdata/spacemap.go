@@ -152,7 +152,7 @@ func (s *spaceMap) count(n uint64) (uint32, error) {
 	}
 	v64, ok, err := s.counts.lookup(n)
 	if err == nil && (!ok || v64 < manyRefs) {
-		err = &CorruptError{Block: n, Kind: KindNode.Name, Rule: RuleRefCount, What: "its count in the btree of reference counts",
+		err = &CorruptError{Block: n, Kind: KindNode.Name, Rule: RuleRefCount, What: "its count in the btree of reference counts", Want: atLeast,
 			Expected: manyRefs, Found: v64}
 	}
 	return uint32(v64), err

@@ -70,16 +70,16 @@ func (w *walker) enter(from, n, first, last uint64, depth int) error {
 
 // load reads and checks a node.
 func (w *walker) load(p node, from, n, first, last uint64, depth int) error {
-	bad := func(block uint64, rule Rule, what string, expected, found uint64) error {
-		return &CorruptError{Block: block, Kind: KindNode.Name, Rule: rule, What: what, Expected: expected, Found: found}
+	bad := func(block uint64, rule Rule, what, want string, expected, found uint64) error {
+		return &CorruptError{Block: block, Kind: KindNode.Name, Rule: rule, What: what, Want: want, Expected: expected, Found: found}
 	}
 	switch {
 	case n == 0 || n >= w.blocks:
-		return bad(from, RuleBlockRange, "a block that it points to, all of which are smaller than what is wanted and not 0,", w.blocks, n)
+		return bad(from, RuleBlockRange, "a block that it points to", inRange, w.blocks, n)
 	case depth > depthMax:
-		return bad(n, RuleTreeDepth, "the depth at which it is found", depthMax, uint64(depth))
+		return bad(n, RuleTreeDepth, "the depth at which it is found", atMost, depthMax, uint64(depth))
 	case !w.seen.add(n):
-		return bad(n, RuleReachedTwice, "the number of ways by which it is reached", 1, 2)
+		return bad(n, RuleReachedTwice, "the number of ways by which it is reached", "", 1, 2)
 	}
 	if err := w.read(p, n, KindNode); err != nil {
 		return err
@@ -91,9 +91,9 @@ func (w *walker) load(p node, from, n, first, last uint64, depth int) error {
 	case p.len() == 0:
 		return nil
 	case p.key(0) < first:
-		return bad(n, RuleNodeKeys, "its first key, by the node above at least as large as is wanted,", first, p.key(0))
+		return bad(n, RuleNodeKeys, "its first key, by the node above,", atLeast, first, p.key(0))
 	case p.key(p.len()-1) > last:
-		return bad(n, RuleNodeKeys, "its last key, by the node above at most as large as is wanted,", last, p.key(p.len()-1))
+		return bad(n, RuleNodeKeys, "its last key, by the node above,", atMost, last, p.key(p.len()-1))
 	}
 	return nil
 }
