@@ -126,10 +126,73 @@ func TestCrash(t *testing.T) {
 	t.Logf("%d images", images)
 }
 
+// TestCrashAfterFailedFlush: the flush behind the superblock fails, Abort goes on with what it finds, and commits follow. What
+// a crash leaves is then at least what Abort has found, though blocks that the superblock before used are written anew.
+func TestCrashAfterFailedFlush(t *testing.T) {
+	random := newRand(t)
+	for round := range 4 {
+		r := fault.NewRecorder()
+		failing := fault.New(disk(r, 40))
+		p := Params{RegionSize: 8, TargetSize: 70_000 * 8}
+		m, err := Format(failing, p)
+		if err == nil {
+			err = set(m, map[uint64]uint64{0: 1})
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		flushes := 0
+		failing.Fail(func(r *block.Request) error {
+			if r.Op == block.OpFlush {
+				if flushes++; flushes == 2 {
+					return syscall.EIO
+				}
+			}
+			return nil
+		})
+		if err := set(m, map[uint64]uint64{0: 3, 600: 1}); err == nil {
+			t.Fatal("the second flush of a commit did not fail")
+		}
+		start := r.Replay().Len()
+		if err := m.Abort(); err != nil {
+			t.Fatal(err)
+		}
+		first, err := bitsOf(m)
+		if err != nil || first[0] != 3 {
+			t.Fatalf("%v, %d", err, first[0])
+		}
+		r.Mark(0)
+		states := [][]uint64{first}
+		for i := range 6 {
+			states = append(states, slices.Clone(states[i]))
+			word := uint64(8) << i
+			states[i+1][0] = word
+			if err := set(m, map[uint64]uint64{0: word}); err != nil {
+				t.Fatal(err)
+			}
+			r.Mark(i + 1)
+		}
+		replay := r.Replay()
+		for replay.At() < start || !isMark(replay) {
+			replay.Step()
+		}
+		crash(t, replay, states, func(p *fault.Replay) *fault.Image { return p.PowerCut(random)[0] }, round)
+	}
+}
+
+// isMark tells whether the last event was a mark. The one that comes next is not looked at.
+func isMark(replay *fault.Replay) bool {
+	last := replay.Last(1)
+	return len(last) > 0 && last[0].Kind == fault.EventMark
+}
+
 // crash tries what a replay leaves at each step.
 func crash(t *testing.T, replay *fault.Replay, states [][]uint64, cut func(*fault.Replay) *fault.Image, round int) (images int) {
 	t.Helper()
 	acknowledged := -1
+	if isMark(replay) {
+		acknowledged = replay.Last(1)[0].Mark.(int)
+	}
 	for {
 		for range 4 {
 			images++
