@@ -16,6 +16,7 @@ import (
 type benchCmd struct {
 	Kcopyd benchKcopydCmd `cmd:"" help:"Compare the copy engines: first and later writes to an origin with a transient snapshot."`
 	Store  benchStoreCmd  `cmd:"" help:"Compare transient and persistent exception stores on a file system: first writes, exceptions a flush, opening."`
+	Clone  benchCloneCmd  `cmd:"" help:"Clones: first writes to regions by either engine, hydration beside reads, and its rate on a file system."`
 }
 
 type benchKcopydCmd struct {
@@ -118,6 +119,56 @@ func (c *benchStoreCmd) Run(s *session) error {
 		return bench.Store(ctx, bench.StoreConfig{
 			Dir: c.Dir, Jobs: c.Jobs, Depth: c.Depth, ChunkBytes: int64(c.Chunk), Chunks: c.Chunks, Records: c.Records,
 			Repetitions: c.Repetitions, Seed: 1, Progress: progress,
+		})
+	})
+}
+
+type benchCloneCmd struct {
+	outputFlags
+	Dir         string    `arg:"" optional:"" complete:"file" help:"A directory of the file system on which hydration is measured beside a plain copy; images are made in it, and removed."`
+	Jobs        int       `default:"2" placeholder:"N" help:"Jobs at the same time (${default})."`
+	Depth       int       `default:"32" placeholder:"N" help:"Requests that each job keeps in flight (${default})."`
+	RegionSize  size.Size `default:"64k" placeholder:"SIZE" help:"Region size (${default})."`
+	WriteSize   size.Size `default:"4k" placeholder:"SIZE" help:"Size of each write and read (${default})."`
+	Regions     int       `default:"131072" placeholder:"N" help:"Regions that each run writes to, once each (${default})."`
+	Length      size.Size `default:"1g" placeholder:"SIZE" help:"Length of the image that is hydrated in DIR (${default})."`
+	Repetitions int       `default:"5" placeholder:"N" help:"Runs of each measurement, in turn (${default})."`
+}
+
+func (benchCloneCmd) Help() string {
+	return `Everything runs in this process, the clones' metadata in memory. Writes run on null devices, each into a region
+that is not hydrated; reads on a memory device, of what is hydrated, while the rest is being hydrated or not. With DIR
+an image is made there and copied, by one job of the copy engine and by hydration up to the last commit.
+
+Examples:
+
+    cowherd bench clone
+    cowherd bench clone /dev/shm --json | jq .ratios
+`
+}
+
+func (c *benchCloneCmd) Run(s *session) error {
+	for flag, v := range map[string][3]int64{
+		"--jobs": {int64(c.Jobs), 1, 1024}, "--depth": {int64(c.Depth), 1, 4096}, "--regions": {int64(c.Regions), 1, 1 << 24},
+		"--repetitions": {int64(c.Repetitions), 1, 1000}, "--region-size": {int64(c.RegionSize), 4 << 10, 1 << 24},
+		"--write-size": {int64(c.WriteSize), 512, int64(c.RegionSize)}, "--length": {int64(c.Length), int64(c.RegionSize), 1 << 40},
+	} {
+		if v[0] < v[1] || v[0] > v[2] {
+			return usagef("%s: %d is not between %d and %d", flag, v[0], v[1], v[2])
+		}
+	}
+	for flag, v := range map[string]size.Size{"--region-size": c.RegionSize, "--write-size": c.WriteSize} {
+		if v&(v-1) != 0 {
+			return usagef("%s: %d is not a power of two", flag, v)
+		}
+	}
+	if int64(c.Length)%int64(c.RegionSize) != 0 {
+		return usagef("--length: %d is not a multiple of the region size", c.Length)
+	}
+	return runSuite(s, c.JSON, func(ctx context.Context, progress func(done, all int, what string)) (benchReport, error) {
+		return bench.Clone(ctx, bench.CloneConfig{
+			Jobs: c.Jobs, Depth: c.Depth, RegionBytes: int64(c.RegionSize), WriteBytes: int64(c.WriteSize), Regions: c.Regions,
+			Dir: c.Dir, HydrateBytes: int64(c.Length), Repetitions: c.Repetitions, Seed: 1, Progress: progress,
 		})
 	})
 }
