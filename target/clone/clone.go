@@ -184,16 +184,16 @@ func (c *Clone) check() error {
 	case c.size <= 0:
 		return fmt.Errorf("the metadata is for a device of %d bytes: %w", c.size, syscall.EINVAL)
 	case size < RegionSizeMin || size > RegionSizeMax:
-		return fmt.Errorf("Invalid region size: %d sectors are not between %d and %d: %w", size, RegionSizeMin, RegionSizeMax,
+		return fmt.Errorf("invalid region size: %d sectors are not between %d and %d: %w", size, RegionSizeMin, RegionSizeMax,
 			syscall.EINVAL)
 	case size&(size-1) != 0:
-		return fmt.Errorf("Region size is not a power of 2: %d sectors: %w", size, syscall.EINVAL)
+		return fmt.Errorf("region size is not a power of 2: %d sectors: %w", size, syscall.EINVAL)
 	case (c.size-1)/c.regionSize >= regionsMax:
-		return fmt.Errorf("Too many regions. Consider increasing the region size: %w", syscall.EINVAL)
+		return fmt.Errorf("too many regions, consider increasing the region size: %w", syscall.EINVAL)
 	case c.dest.Size() < c.size:
-		return fmt.Errorf("Device size larger than destination device: %d and %d bytes: %w", c.size, c.dest.Size(), syscall.EINVAL)
+		return fmt.Errorf("device size larger than destination device: %d and %d bytes: %w", c.size, c.dest.Size(), syscall.EINVAL)
 	case c.source != nil && c.source.Size() < c.size:
-		return fmt.Errorf("Device size larger than source device: %d and %d bytes: %w", c.size, c.source.Size(), syscall.EINVAL)
+		return fmt.Errorf("device size larger than source device: %d and %d bytes: %w", c.size, c.source.Size(), syscall.EINVAL)
 	case c.dest.Limits().ReadOnly:
 		return fmt.Errorf("the destination is read-only: %w", syscall.EROFS)
 	}

@@ -75,7 +75,6 @@ func (x *rig) do(op block.Op, flags block.Flags, offset, length int64) *call {
 }
 
 func isWrite(r *block.Request) bool { return r.Op == block.OpWrite }
-func isRead(r *block.Request) bool  { return r.Op == block.OpRead }
 func isFlush(r *block.Request) bool { return r.Op == block.OpFlush }
 
 // TestWhoReadsTheSource: what costs a copy and what does not.
@@ -723,8 +722,8 @@ func TestNewRefuses(t *testing.T) {
 		{"source too small", "larger than source device", func(c *Config) { c.Source = newRAM(1*mib - 512) }},
 		{"destination too small", "larger than destination device", func(c *Config) { c.Destination = newRAM(1*mib - 512) }},
 		{"no length", "for a device of 0 bytes", func(c *Config) { c.Metadata = newMemory(64*kib, 0) }},
-		{"regions too small", "Invalid region size", func(c *Config) { c.Metadata = newMemory(2*kib, 1*mib) }},
-		{"regions too large", "Invalid region size", func(c *Config) { c.Metadata = newMemory(2048*mib, 1*mib) }},
+		{"regions too small", "invalid region size", func(c *Config) { c.Metadata = newMemory(2*kib, 1*mib) }},
+		{"regions too large", "invalid region size", func(c *Config) { c.Metadata = newMemory(2048*mib, 1*mib) }},
 		{"regions of an odd size", "not a power of 2", func(c *Config) { c.Metadata = newMemory(12*kib, 1*mib) }},
 		{"no source", "there is no source", func(c *Config) { c.Source = nil }},
 		{"read-only destination", "read-only", func(c *Config) { c.Destination.(*ram).limits.ReadOnly = true }},

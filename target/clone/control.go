@@ -92,7 +92,7 @@ func (c *Clone) Message(words []string) error {
 	case len(words) == 2 && (word == "hydration_threshold" || word == "hydration_batch_size"):
 		n, err := strconv.ParseUint(words[1], 10, 32)
 		if err != nil {
-			return fmt.Errorf("Invalid value for `%s': %q: %w", word, words[1], syscall.EINVAL)
+			return fmt.Errorf("invalid value for `%s': %q: %w", word, words[1], syscall.EINVAL)
 		}
 		if word == "hydration_threshold" {
 			c.SetThreshold(uint32(n))
@@ -100,7 +100,7 @@ func (c *Clone) Message(words []string) error {
 			c.SetBatch(uint32(n))
 		}
 	default:
-		return fmt.Errorf("Unsupported message: %q: %w", strings.Join(words, " "), syscall.EINVAL)
+		return fmt.Errorf("unsupported message: %q: %w", strings.Join(words, " "), syscall.EINVAL)
 	}
 	return nil
 }

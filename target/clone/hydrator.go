@@ -563,25 +563,38 @@ func (x *hydrator) promote(start, end Region) {
 	if !x.promotes && x.order != Hottest || !x.mu.TryLock() {
 		return
 	}
-	defer x.mu.Unlock() // +checklocksforce: TryLock
+	x.promoteLocked(start, end) // +checklocksforce: TryLock
+	x.mu.Unlock()
+}
+
+// +checklocks:x.mu
+func (x *hydrator) promoteLocked(start, end Region) {
 	if !x.wantedLocked() {
 		return
 	}
 	if x.order == Hottest {
-		g := uint64(start / 64)
-		if h := &x.heat[g%heatSize]; h.group == g {
-			h.count++
-		} else if h.count <= 1 {
-			*h = heat{g, 1}
-		} else {
-			h.count-- // who is read again and again stays
-		}
-		x.heated = true
+		x.warmLocked(uint64(start / 64))
 	}
 	if x.promotes && len(x.promoted) < promotedMax {
 		x.promoted = append(x.promoted, run{start: start, end: end})
 	}
 	x.startLocked(1)
+}
+
+// warmLocked counts a read of a group of 64 regions. Groups share places; one that is read again and again stays.
+//
+// +checklocks:x.mu
+func (x *hydrator) warmLocked(group uint64) {
+	h := &x.heat[group%heatSize]
+	switch {
+	case h.group == group:
+		h.count++
+	case h.count <= 1:
+		*h = heat{group, 1}
+	default:
+		h.count--
+	}
+	x.heated = true
 }
 
 // missed is told of a region that somebody else had claimed and could not hydrate.

@@ -101,12 +101,6 @@ func (t *table) hydrated(region Region) bool {
 	return p != nil && p.word(region).hydrated.Load()>>(region%64)&1 != 0
 }
 
-// settled tells whether writes to region go to the destination.
-func (t *table) settled(region Region) bool {
-	p := t.page(region)
-	return p != nil && p.word(region).settled()>>(region%64)&1 != 0
-}
-
 // claimed tells whether somebody owns region.
 func (t *table) claimed(region Region) bool {
 	p := t.page(region)
@@ -197,15 +191,12 @@ func (t *table) claim(start, limit Region) (count Region, disturbed bool) {
 		if n == 0 {
 			return at - start, disturbed
 		}
-		if !w.claimed.CompareAndSwap(claimed, claimed|mask(shift, n)) {
+		got, ok := w.claim(claimed, mask(shift, n))
+		switch {
+		case !ok:
 			continue
-		}
-		// Between the loads and the swap a region may have been claimed, hydrated and given back by somebody else. From now
-		// on it cannot.
-		if late := w.hydrated.Load() & mask(shift, n); late != 0 {
-			keep := Region(bits.TrailingZeros64(late)) - shift
-			w.claimed.And(^mask(shift+keep, n-keep))
-			return at - start + keep, true
+		case got != mask(shift, n):
+			return at - start + Region(bits.OnesCount64(got)), true
 		}
 		at += n
 		if n < span {
@@ -213,6 +204,22 @@ func (t *table) claim(start, limit Region) (count Region, disturbed bool) {
 		}
 	}
 	return limit - start, disturbed
+}
+
+// claim claims a run of regions, wanted, that were free: claimed is what was found before. It returns those of the run that
+// it got, from its start on; false: somebody has changed the word. Between the look and the swap a region may have been
+// claimed, hydrated and given back by somebody else; from the swap on it cannot.
+func (w *word) claim(claimed, wanted uint64) (got uint64, ok bool) {
+	if !w.claimed.CompareAndSwap(claimed, claimed|wanted) {
+		return 0, false
+	}
+	late := w.hydrated.Load() & wanted
+	if late == 0 {
+		return wanted, true
+	}
+	got = wanted & (late&-late - 1)
+	w.claimed.And(^(wanted &^ got))
+	return got, true
 }
 
 // settle makes regions that the caller owns hydrated, notes them for the next commit, and gives them back. commit: there

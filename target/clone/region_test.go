@@ -5,6 +5,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+
+	"cowherd/block"
 )
 
 // TestTable compares the table with one of plain booleans.
@@ -186,6 +188,45 @@ func TestClaimsExclude(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// TestClaimIsLate: a region that was hydrated and given back after it was looked at is not claimed, and those behind it
+// in a run neither.
+func TestClaimIsLate(t *testing.T) {
+	for _, test := range []struct{ hydrated, wanted, got uint64 }{
+		{0b1, 0b1, 0}, {0b100, 0b1111, 0b11}, {0b1100, 0b11110, 0b10}, {0b1000, 0b111, 0b111}, {1 << 63, 1 << 63, 0},
+		{1 << 63, ^uint64(0), 1<<63 - 1},
+	} {
+		w := new(word)
+		w.hydrated.Store(test.hydrated)
+		if got, ok := w.claim(0, test.wanted); !ok || got != test.got || w.claimed.Load() != test.got {
+			t.Errorf("%+v: got %b, %v, claimed %b", test, got, ok, w.claimed.Load())
+		}
+		if _, ok := w.claim(^test.got, test.wanted); ok {
+			t.Errorf("%+v: claimed although the word has changed", test)
+		}
+	}
+}
+
+// TestSettling: between hydrated and settled, reads go on and writes wait: a flush behind such a write must find that the
+// region is to be committed.
+func TestSettling(t *testing.T) {
+	x := newRig(t, 256*kib, nil)
+	defer x.end(t)
+	table := x.table.Load()
+	table.claim(0, 1)
+	table.touch(0).word(0).hydrated.Or(1)
+	want(t, "read", x.do(block.OpRead, 0, 0, 512).wait(t), nil)
+	if x.source.Seen(block.OpRead) != 0 {
+		t.Error("the source was read")
+	}
+	w, whole := x.do(block.OpWrite, 0, 0, 512), x.do(block.OpWrite, 0, 0, 64*kib)
+	w.pending(t, "settling")
+	whole.pending(t, "settling")
+	table.settle(0, 1, 0)
+	x.wake(0, 1)
+	want(t, "write", w.wait(t), nil)
+	want(t, "write", whole.wait(t), nil)
 }
 
 // TestHugeTable: 2^32 regions cost nothing until they are touched, and two bits each then.

@@ -5,9 +5,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"flag"
-	"fmt"
 	"iter"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -110,10 +110,14 @@ func fill(p []byte, offset int64, stamp uint64) {
 
 // memory is a Metadata in memory: what was committed, and what was staged.
 type memory struct {
-	regionSize, targetSize block.Sector
+	regionSize block.Sector
+	targetSize block.Sector
 
 	// What the next calls of these methods do.
-	failSet, failCommit, failAbort, failLoad atomic.Bool
+	failSet    atomic.Bool
+	failCommit atomic.Bool
+	failAbort  atomic.Bool
+	failLoad   atomic.Bool
 
 	mu        sync.Mutex
 	committed map[uint64]uint64 // +checklocks:mu
@@ -148,19 +152,21 @@ func (m *memory) LoadBits(yield func(uint64, []uint64) bool) error {
 }
 
 func (m *memory) SetWords(words iter.Seq2[uint64, uint64]) error {
+	var numbers, values []uint64
+	for n, v := range words {
+		numbers, values = append(numbers, n), append(values, v)
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	last := int64(-1)
-	for n, v := range words {
-		if int64(n) <= last {
-			return fmt.Errorf("word %d after word %d", n, last)
-		}
-		last = int64(n)
-		if m.failSet.Load() || m.broken {
-			m.broken = true
-			return syscall.EIO
-		}
-		m.staged[n] = v
+	if !slices.IsSorted(numbers) {
+		return errors.New("the words are not in order")
+	}
+	if m.failSet.Load() || m.broken {
+		m.broken = true
+		return syscall.EIO
+	}
+	for i, n := range numbers {
+		m.staged[n] = values[i]
 	}
 	return nil
 }
