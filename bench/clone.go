@@ -28,7 +28,7 @@ type CloneConfig struct {
 	Jobs, Depth int
 	RegionBytes int64
 	WriteBytes  int64
-	Regions     int // that are written, one write each, over all jobs
+	Regions     int // that are written, one write each, over all jobs; as many reads are done
 	// Dir is a directory of the file system on which hydration is measured; "": it is not.
 	Dir string
 	// HydrateBytes is the length of the image that is hydrated there.
@@ -62,12 +62,11 @@ type CloneResult struct {
 
 // What the suite measures.
 const (
-	cloneWrite  = "first-write"    // 4 KiB writes, each to a region that is not hydrated, on null devices
-	cloneCopy   = "copy"           // the image by one job of the engine
-	cloneFill   = "hydration"      // the image by hydration, until it is committed
-	cloneQuiet  = "read"           // random reads of what is hydrated, while nothing else happens
-	cloneBusy   = "read,hydrating" // the same while the rest is hydrated
-	foregroundN = 1 << 17          // reads of one of these
+	cloneWrite = "first-write"    // 4 KiB writes, each to a region that is not hydrated, on null devices
+	cloneCopy  = "copy"           // the image by one job of the engine
+	cloneFill  = "hydration"      // the image by hydration, until it is committed
+	cloneQuiet = "read"           // random reads of what is hydrated, while nothing else happens
+	cloneBusy  = "read,hydrating" // the same while the rest is hydrated
 )
 
 // cloneSamples are figures by what was measured.
@@ -216,8 +215,11 @@ func (x *cloneRig) jobs(d block.Device, op block.Op, offsets []uint32) (sample, 
 	}, nil
 }
 
-// foregroundBytes is the length of the memory devices for reads beside hydration, of which an eighth is hydrated before.
-const foregroundBytes = 4 << 30
+// foregroundBytes is the length of the devices for reads beside hydration, hydratedBytes what is hydrated before.
+const (
+	foregroundBytes = 4 << 30
+	hydratedBytes   = 64 << 20
+)
 
 // foreground reads what is hydrated, while the rest is being hydrated or not.
 func (x *cloneRig) foreground(s *cloneSamples, what string) error {
@@ -234,17 +236,16 @@ func (x *cloneRig) foreground(s *cloneSamples, what string) error {
 	if err != nil {
 		return err
 	}
-	const hydrated = foregroundBytes / 16
 	piece := make([]byte, 1<<20)
 	for i := range piece {
 		piece[i] = byte(i>>9) | 1
 	}
-	for at := int64(0); at < hydrated && err == nil; at += int64(len(piece)) {
+	for at := int64(0); at < hydratedBytes && err == nil; at += int64(len(piece)) {
 		err = block.Write(r.device, piece, at)
 	}
-	offsets := make([]uint32, foregroundN)
+	offsets := make([]uint32, c.Regions)
 	for i := range offsets {
-		offsets[i] = x.rand.Uint32N(uint32(hydrated / c.WriteBytes))
+		offsets[i] = x.rand.Uint32N(uint32(hydratedBytes / c.WriteBytes))
 	}
 	before := r.clone.Status().Hydrated
 	r.clone.SetHydration(what == cloneBusy)

@@ -229,6 +229,17 @@ func TestSettling(t *testing.T) {
 	want(t, "write", whole.wait(t), nil)
 }
 
+// TestAwaitLooksAgain: who begins to wait for a region just after it was given back is not forgotten.
+func TestAwaitLooksAgain(t *testing.T) {
+	x := newRig(t, 256*kib, nil)
+	defer x.end(t)
+	c := &call{done: make(chan error, 1)}
+	c.r = block.Request{Op: block.OpWrite, Length: 512, Data: make([]byte, 512)}
+	c.r.Push(c)
+	x.await(x.table.Load(), 0, &c.r, (*writes)(x.Clone))
+	want(t, "write", c.wait(t), nil)
+}
+
 // TestHugeTable: 2^32 regions cost nothing until they are touched, and two bits each then.
 func TestHugeTable(t *testing.T) {
 	const regions = 1 << 32
