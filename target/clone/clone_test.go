@@ -288,6 +288,25 @@ func TestTwoPhases(t *testing.T) {
 	}
 }
 
+// TestFlushDuringCommit: a flush, and a write with FUA, that come when the destination has been flushed and the metadata
+// is just being committed wait for that.
+func TestFlushDuringCommit(t *testing.T) {
+	x := newRig(t, 256*kib, nil)
+	defer x.end(t)
+	want(t, "write", x.do(block.OpWrite, 0, 0, 512).wait(t), nil)
+	x.meta.begun = make(chan chan struct{})
+	first := x.do(block.OpFlush, 0, 0, 0)
+	goOn := <-x.meta.begun
+	second, fua := x.do(block.OpFlush, 0, 0, 0), x.do(block.OpWrite, block.FUA, 0, 512)
+	first.pending(t, "committing")
+	second.pending(t, "committing")
+	fua.pending(t, "committing")
+	close(goOn)
+	for _, c := range []*call{first, second, fua} {
+		want(t, "flush", c.wait(t), nil)
+	}
+}
+
 // TestCommitTimer: what changes is committed after a second, once, and nothing runs while nothing changes.
 func TestCommitTimer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -91,6 +91,16 @@ func (x *committer) arm() {
 	}
 }
 
+// now makes a commit begin at once, without waiting for it.
+func (x *committer) now() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if !x.closed {
+		x.due = true
+		x.startLocked()
+	}
+}
+
 func (x *committer) expire() {
 	x.mu.Lock()
 	defer x.mu.Unlock()

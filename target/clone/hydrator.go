@@ -413,7 +413,8 @@ func (x *hydrator) claim(h *hydration, most Region) bool {
 // mark settles regions that are zeroes on both sides already.
 func (x *hydrator) mark(h *hydration) {
 	x.marked += h.count
-	if _, err := h.finish(nil, false); err == nil && x.marked >= markedMax {
+	t := h.table
+	if _, err := h.finish(nil, false); err == nil && (x.marked >= markedMax || t.count() == t.regions) {
 		x.marked = 0
 		// An error has changed the mode, and all know.
 		_ = x.clone.Commit()
@@ -457,7 +458,11 @@ func (x *hydrator) copied(h *hydration, err error) {
 		now := time.Now()
 		rest = now.Add(min(now.Sub(h.began), restMax))
 	}
+	t := h.table
 	_, err = h.finish(err, false)
+	if err == nil && t.count() == t.regions {
+		x.clone.committer.now() // it was the last
+	}
 	x.mu.Lock()
 	x.regions -= r.end - r.start
 	x.copies--

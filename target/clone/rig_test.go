@@ -118,6 +118,8 @@ type memory struct {
 	failCommit atomic.Bool
 	failAbort  atomic.Bool
 	failLoad   atomic.Bool
+	// Commit tells that it has begun, and waits; nil: it does not.
+	begun chan chan struct{}
 
 	mu        sync.Mutex
 	committed map[uint64]uint64 // +checklocks:mu
@@ -172,6 +174,11 @@ func (m *memory) SetWords(words iter.Seq2[uint64, uint64]) error {
 }
 
 func (m *memory) Commit() error {
+	if m.begun != nil {
+		goOn := make(chan struct{})
+		m.begun <- goOn
+		<-goOn
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.failCommit.Load() || m.broken {
