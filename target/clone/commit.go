@@ -41,13 +41,15 @@ type committer struct {
 	closed  bool // +checklocks:mu
 	running bool // +checklocks:mu
 
+	flush   block.Request // of the destination, the runner's
+	flushed chan error
 	timer   *time.Timer
 	work    sync.WaitGroup // the runner, and goroutines that complete requests
 	commits atomic.Uint64
 }
 
 func (x *committer) init(c *Clone) {
-	x.clone = c
+	x.clone, x.flushed = c, make(chan error, 1)
 	x.timer = time.AfterFunc(time.Hour, x.expire)
 	x.timer.Stop()
 }
@@ -165,7 +167,7 @@ func (c *Clone) commit() error {
 			return c.abort(fmt.Errorf("stage the hydrated regions: %w", err))
 		}
 	}
-	if err := block.Flush(c.dest); err != nil {
+	if err := x.flushDestination(); err != nil {
 		err = fmt.Errorf("flush the destination: %w", err)
 		if len(changed) > 0 {
 			return c.abort(err)
@@ -188,6 +190,18 @@ func (c *Clone) commit() error {
 	}
 	return nil
 }
+
+// flushDestination makes durable what was written to the destination before. The caller is the runner.
+func (x *committer) flushDestination() error {
+	x.flush.Reset()
+	x.flush.Op = block.OpFlush
+	x.flush.Push(x)
+	x.clone.dest.Submit(&x.flush)
+	return <-x.flushed
+}
+
+// Complete is told of the end of the destination's flush.
+func (x *committer) Complete(_ *block.Request, err error) { x.flushed <- err }
 
 // stage gives the metadata the words that have changed, as they are now.
 func (c *Clone) stage(t *table, changed []*page) error {
