@@ -18,83 +18,105 @@ type Target = target.Target
 // Device is a mapped device: a name and a live target behind a gate that can be closed.
 //
 //	Submit(r):  inflight[queue]++
-//	            gate closed?  inflight[queue]--, r is kept until Resume
+//	            gate closed?  inflight[queue]--, r is kept until the gate is opened
 //	            target.Map(r), and what follows
-//	r is done:  inflight[queue]--; gate closed and nothing left in flight: Suspend goes on
+//	r is done:  inflight[queue]--; gate closed and nothing left in flight: who closed it goes on
 //
 // The counters are per queue and the gate is a word that is only read, so requests on different queues share no
-// cache line that is written. Who enters counts itself first and looks at the gate then; Suspend closes the gate first
+// cache line that is written. Who enters counts itself first and looks at the gate then; who closes it does that first
 // and sums the counters then: one of the two sees the other.
+//
+// The gate may be closed for several reasons at a time: because the device is suspended, and by any number of Holds.
 //
 // Invariants:
 //
-//  1. While a Device is suspended no request is between Submit and its completion in the target.
-//  2. No request is lost: what Submit kept is submitted by Resume, or failed with ESHUTDOWN when the device is closed.
+//  1. While the gate is closed, and whoever closed it has been told so, no request is between Submit and its completion
+//     in the target.
+//  2. No request is lost: what Submit kept is submitted when the gate is opened, or failed with ESHUTDOWN when the
+//     device is closed.
 type Device struct {
 	// What every request looks at lies together, in one cache line: a copy of a few KiB later none of it is in the
 	// innermost cache any more.
 	inflight percpu.Shards[counter]
-	live     atomic.Pointer[live]
-	size     int64
-	mask     int64       // logical block - 1
-	readOnly bool        // writes are refused
-	closed   atomic.Bool // the gate
+	live     atomic.Pointer[live] // never nil
+	closed   atomic.Bool          // the gate
 
-	name   string
-	limits block.Limits
+	name atomic.Pointer[string]
 
 	mu sync.Mutex
 	// Requests that came while the gate was closed.
 	kept block.List // +checklocks:mu
-	// Closed when nothing is in flight; not nil while Suspend waits for that.
+	// Why the gate is closed: how many reasons there are. 0: it is open.
+	reasons int // +checklocks:mu
+	// Closed when nothing is in flight (quiet); nil while the gate is open.
 	drained chan struct{} // +checklocks:mu
-	// Closed when the gate is opened; not nil while it is closed.
+	quiet   bool          // +checklocks:mu
+	// Closed when the gate is opened; nil while it is open.
 	reopened chan struct{} // +checklocks:mu
+	// One of the reasons is that the device is suspended, or is being suspended.
+	suspension suspension // +checklocks:mu
 }
 
 type counter struct{ n atomic.Int64 }
 
-// live is a target with its optional powers.
+// suspension is how far a Suspend is.
+type suspension uint8
+
+const (
+	running suspension = iota
+	suspending
+	suspended
+)
+
+// live is a target with its optional powers, and what users of the device have been told. It does not change.
 type live struct {
 	target   Target
+	size     int64
+	mask     int64 // logical block - 1
+	readOnly bool  // writes are refused
+	limits   block.Limits
 	extents  block.ExtentLister // nil: it has none
 	remapper target.Remapper    // nil: it is none
 }
 
+// newLive prepares a target for a device of some limits.
+func newLive(t Target, limits block.Limits) *live {
+	l := &live{target: unwrap(t), size: t.Size(), limits: limits, readOnly: limits.ReadOnly}
+	l.mask = int64(limits.LogicalBlock) - 1
+	l.extents, _ = l.target.(block.ExtentLister)
+	l.remapper, _ = l.target.(target.Remapper)
+	return l
+}
+
 // NewDevice makes a running device of one target. readOnly makes every write fail with EROFS.
 func NewDevice(name string, target Target, readOnly bool) *Device {
-	d := &Device{name: name, size: target.Size(), limits: target.Limits(), inflight: percpu.New[counter]()}
-	d.limits.ReadOnly = d.limits.ReadOnly || readOnly
-	d.mask, d.readOnly = int64(d.limits.LogicalBlock)-1, d.limits.ReadOnly
-	d.setTarget(target)
+	d := &Device{inflight: percpu.New[counter]()}
+	d.name.Store(&name)
+	d.live.Store(newLive(target, limitsOf(target, readOnly)))
 	return d
 }
 
-func (d *Device) setTarget(t Target) {
-	t = unwrap(t)
-	l := &live{target: t}
-	l.extents, _ = t.(block.ExtentLister)
-	l.remapper, _ = t.(target.Remapper)
-	d.live.Store(l)
+// limitsOf are the limits of a device of a target.
+func limitsOf(t Target, readOnly bool) block.Limits {
+	l := t.Limits()
+	l.ReadOnly = l.ReadOnly || readOnly
+	return l
 }
 
 // Name is the device's name.
-func (d *Device) Name() string { return d.name }
+func (d *Device) Name() string { return *d.name.Load() }
+
+// rename gives the device another name, for what it says from now on.
+func (d *Device) rename(name string) { d.name.Store(&name) }
 
 // Size is the target's, in bytes.
-func (d *Device) Size() int64 { return d.size }
+func (d *Device) Size() int64 { return d.live.Load().size }
 
 // Limits are the target's.
-func (d *Device) Limits() block.Limits { return d.limits }
+func (d *Device) Limits() block.Limits { return d.live.Load().limits }
 
-// Submit checks r and maps it. While the device is suspended it keeps r for later.
+// Submit checks r and maps it. While the gate is closed it keeps r for later.
 func (d *Device) Submit(r *block.Request) {
-	if !d.isPlain(r) {
-		if err := block.CheckRange(r, d.size, d.limits); err != nil {
-			r.Complete(err)
-			return
-		}
-	}
 	in := d.inflight.At(uint(r.Queue))
 	in.n.Add(1)
 	if d.closed.Load() {
@@ -103,10 +125,12 @@ func (d *Device) Submit(r *block.Request) {
 		return
 	}
 	l := d.live.Load()
-	if l == nil {
-		d.leave(in)
-		r.Complete(d.gone(r))
-		return
+	if !l.isPlain(r) {
+		if err := block.CheckRange(r, l.size, l.limits); err != nil {
+			d.leave(in)
+			r.Complete(err)
+			return
+		}
 	}
 	r.Push((*gate)(d))
 	if to := l.target.Map(r); to != nil {
@@ -114,10 +138,30 @@ func (d *Device) Submit(r *block.Request) {
 	}
 }
 
-// isPlain tells whether r is a read or a write in which CheckRange would find nothing wrong.
-func (d *Device) isPlain(r *block.Request) bool {
-	return r.Op <= block.OpWrite && (r.Op == block.OpRead || !d.readOnly) && int64(len(r.Data)) == r.Length &&
-		(r.Offset|r.Length)&d.mask == 0 && r.Offset >= 0 && r.Offset <= d.size-r.Length
+// isPlain tells whether r is a read or a write in which check would find nothing wrong.
+func (l *live) isPlain(r *block.Request) bool {
+	return r.Op <= block.OpWrite && (r.Op == block.OpRead || !l.readOnly) && int64(len(r.Data)) == r.Length &&
+		(r.Offset|r.Length)&l.mask == 0 && r.Offset >= 0 && r.Offset <= l.size-r.Length
+}
+
+// removed is the target of a device that was removed.
+type removed struct {
+	Target // the last one, for Size and Limits
+	name   string
+}
+
+// Map fails everything.
+func (x removed) Map(r *block.Request) block.Device {
+	r.Complete(&block.Error{
+		Op: r.Op, Offset: r.Offset, Length: r.Length, Errno: syscall.ESHUTDOWN,
+		Err: fmt.Errorf("device %q was removed", x.name),
+	})
+	return nil
+}
+
+// Extents fails as well.
+func (x removed) Extents(int64, int64, func(block.Extent) bool) error {
+	return fmt.Errorf("device %q was removed: %w", x.name, syscall.ESHUTDOWN)
 }
 
 // gate is the Device as the Completer of what went through it.
@@ -140,10 +184,10 @@ func (d *Device) leave(in *counter) {
 	}
 }
 
-// checkDrainedLocked lets Suspend go on when nothing is in flight.
+// checkDrainedLocked lets those go on who wait until nothing is in flight, if so it is.
 // +checklocks:d.mu
 func (d *Device) checkDrainedLocked() {
-	if d.drained == nil {
+	if d.reasons == 0 || d.quiet {
 		return
 	}
 	var n int64
@@ -151,13 +195,20 @@ func (d *Device) checkDrainedLocked() {
 		n += d.inflight.Index(i).n.Load()
 	}
 	if n == 0 {
+		d.quiet = true
 		close(d.drained)
-		d.drained = nil
 	}
 }
 
-// keep holds r back until Resume; if that was quicker, r goes in at once.
+// keep holds r back until the gate is opened; if that was quicker, r goes in at once. What does not fit the device now
+// is not kept.
 func (d *Device) keep(r *block.Request) {
+	if l := d.live.Load(); !l.isPlain(r) {
+		if err := block.CheckRange(r, l.size, l.limits); err != nil {
+			r.Complete(err)
+			return
+		}
+	}
 	d.mu.Lock()
 	if d.closed.Load() {
 		d.kept.PushBack(r)
@@ -168,48 +219,101 @@ func (d *Device) keep(r *block.Request) {
 	d.Submit(r)
 }
 
-func (d *Device) gone(r *block.Request) error {
-	return &block.Error{
-		Op: r.Op, Offset: r.Offset, Length: r.Length, Errno: syscall.ESHUTDOWN,
-		Err: fmt.Errorf("device %q was removed", d.name),
-	}
-}
-
 // Suspend closes the gate and waits until nothing is in flight. New requests wait until Resume. If ctx ends first the
 // gate is opened again and the error is ctx's. A device that is suspended, or is being suspended, gives EBUSY.
 func (d *Device) Suspend(ctx context.Context) error {
 	d.mu.Lock()
-	if d.closed.Load() {
+	if d.suspension != running {
 		d.mu.Unlock()
-		return fmt.Errorf("suspend %q: already suspended: %w", d.name, syscall.EBUSY)
+		return fmt.Errorf("suspend %q: already suspended: %w", d.Name(), syscall.EBUSY)
 	}
-	drained := make(chan struct{})
-	d.drained, d.reopened = drained, make(chan struct{})
-	d.closed.Store(true)
-	d.checkDrainedLocked()
+	d.suspension = suspending
+	d.shutLocked()
+	err := d.drainLocked(ctx)
+	d.suspension = suspended
+	var kept block.List
+	if err != nil {
+		d.suspension = running
+		kept = d.openLocked()
+		err = fmt.Errorf("suspend %q: requests in flight do not end: %w", d.Name(), err)
+	}
 	d.mu.Unlock()
-	select {
-	case <-drained:
-		return nil
-	case <-ctx.Done():
-	}
+	d.submitAll(kept)
+	return err
+}
+
+// Hold closes the gate for one more reason and waits until nothing is in flight, whether the device is suspended or
+// not. If ctx ends first the reason is none any more, and the error is ctx's.
+func (d *Device) Hold(ctx context.Context) error {
 	d.mu.Lock()
-	if d.drained == nil { // the last request ended at the same moment
-		d.mu.Unlock()
-		return nil
+	d.shutLocked()
+	err := d.drainLocked(ctx)
+	var kept block.List
+	if err != nil {
+		kept = d.openLocked()
+		err = fmt.Errorf("hold %q: requests in flight do not end: %w", d.Name(), err)
 	}
-	d.drained = nil
+	d.mu.Unlock()
+	d.submitAll(kept)
+	return err
+}
+
+// Unhold ends what one successful Hold began.
+func (d *Device) Unhold() {
+	d.mu.Lock()
 	kept := d.openLocked()
 	d.mu.Unlock()
 	d.submitAll(kept)
-	return fmt.Errorf("suspend %q: requests in flight do not end: %w", d.name, ctx.Err())
 }
 
-// Resume opens the gate and submits what waited. It does nothing unless a Suspend has succeeded before.
+// shutLocked closes the gate for one more reason.
+// +checklocks:d.mu
+func (d *Device) shutLocked() {
+	if d.reasons++; d.reasons > 1 {
+		return
+	}
+	d.drained, d.reopened, d.quiet = make(chan struct{}), make(chan struct{}), false
+	d.closed.Store(true)
+	d.checkDrainedLocked()
+}
+
+// drainLocked waits, without the lock, until nothing is in flight or ctx ends. The caller is one of the reasons for which
+// the gate is closed.
+// +checklocks:d.mu
+func (d *Device) drainLocked(ctx context.Context) error {
+	drained := d.drained
+	d.mu.Unlock()
+	var err error
+	select {
+	case <-drained:
+	case <-ctx.Done():
+		err = ctx.Err()
+	}
+	d.mu.Lock()
+	if d.quiet { // perhaps at the same moment
+		return nil
+	}
+	return err
+}
+
+// openLocked takes one reason away and opens the gate if it was the last. What was kept is then the caller's to submit.
+// +checklocks:d.mu
+func (d *Device) openLocked() (kept block.List) {
+	if d.reasons--; d.reasons > 0 {
+		return kept
+	}
+	close(d.reopened)
+	d.drained, d.reopened = nil, nil
+	d.closed.Store(false)
+	return d.kept.Take()
+}
+
+// Resume undoes Suspend. It does nothing unless a Suspend has succeeded before.
 func (d *Device) Resume() {
 	d.mu.Lock()
 	var kept block.List
-	if d.suspendedLocked() {
+	if d.suspension == suspended {
+		d.suspension = running
 		kept = d.openLocked()
 	}
 	d.mu.Unlock()
@@ -220,52 +324,50 @@ func (d *Device) Resume() {
 // stays the caller's. The device's size and limits are what its users have been told, and stay: a target of another
 // size, or one that does not take all that these limits let in, is EINVAL. EBUSY: the device is not suspended.
 func (d *Device) SetTarget(target Target) error {
-	if err := d.checkFit(target); err != nil {
-		return fmt.Errorf("new target of %q: %w", d.name, err)
+	told := d.live.Load()
+	if err := told.checkFit(target); err != nil {
+		return fmt.Errorf("new target of %q: %w", d.Name(), err)
 	}
+	return d.replace(newLive(target, told.limits))
+}
+
+// Replace is SetTarget with the size and the limits of the new target. Who has the device open, and was told others,
+// has requests fail that do not fit these.
+func (d *Device) Replace(target Target, readOnly bool) error {
+	return d.replace(newLive(target, limitsOf(target, readOnly)))
+}
+
+func (d *Device) replace(l *live) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if !d.suspendedLocked() {
-		return fmt.Errorf("new target of %q: the device is not suspended: %w", d.name, syscall.EBUSY)
+	if d.suspension != suspended {
+		return fmt.Errorf("new target of %q: the device is not suspended: %w", d.Name(), syscall.EBUSY)
 	}
-	d.setTarget(target)
+	d.live.Store(l)
 	return nil
 }
 
 // checkFit tells whether target takes all that the device's users may send.
-func (d *Device) checkFit(target Target) error {
-	if size := target.Size(); size != d.size {
-		return fmt.Errorf("it has %d bytes, the device %d: %w", size, d.size, syscall.EINVAL)
+func (l *live) checkFit(target Target) error {
+	if size := target.Size(); size != l.size {
+		return fmt.Errorf("it has %d bytes, the device %d: %w", size, l.size, syscall.EINVAL)
 	}
-	l := target.Limits()
+	limits := target.Limits()
 	for _, x := range []struct {
 		what string
 		fits bool
 	}{
-		{"its logical block is larger", l.LogicalBlock <= d.limits.LogicalBlock},
-		{"it is read-only", d.limits.ReadOnly || !l.ReadOnly},
-		{"its discards are smaller", l.DiscardMax >= d.limits.DiscardMax},
-		{"its writes of zeroes are smaller", l.WriteZeroesMax >= d.limits.WriteZeroesMax},
-		{"it needs flushes, which users were told to leave out", d.limits.NeedsFlush || !l.NeedsFlush},
+		{"its logical block is larger", limits.LogicalBlock <= l.limits.LogicalBlock},
+		{"it is read-only", l.limits.ReadOnly || !limits.ReadOnly},
+		{"its discards are smaller", limits.DiscardMax >= l.limits.DiscardMax},
+		{"its writes of zeroes are smaller", limits.WriteZeroesMax >= l.limits.WriteZeroesMax},
+		{"it needs flushes, which users were told to leave out", l.limits.NeedsFlush || !limits.NeedsFlush},
 	} {
 		if !x.fits {
 			return fmt.Errorf("%s: %w", x.what, syscall.EINVAL)
 		}
 	}
 	return nil
-}
-
-// suspendedLocked tells whether a Suspend has succeeded, and no Resume since.
-// +checklocks:d.mu
-func (d *Device) suspendedLocked() bool { return d.closed.Load() && d.drained == nil }
-
-// openLocked opens the gate. What was kept is the caller's to submit.
-// +checklocks:d.mu
-func (d *Device) openLocked() block.List {
-	close(d.reopened)
-	d.reopened = nil
-	d.closed.Store(false)
-	return d.kept.Take()
 }
 
 func (d *Device) submitAll(l block.List) {
@@ -280,8 +382,10 @@ func (d *Device) submitAll(l block.List) {
 func (d *Device) Close(ctx context.Context) error {
 	for {
 		d.mu.Lock()
-		if d.suspendedLocked() {
-			d.live.Store(nil)
+		if d.suspension == suspended {
+			told := d.live.Load()
+			d.live.Store(newLive(removed{told.target, d.Name()}, told.limits))
+			d.suspension = running
 			kept := d.openLocked()
 			d.mu.Unlock()
 			d.submitAll(kept)
@@ -301,8 +405,9 @@ func (d *Device) Close(ctx context.Context) error {
 func (d *Device) Remap(q block.Queue, offset, length int64) (to block.Device, at, n int64, ok bool) {
 	in := d.inflight.At(uint(q))
 	in.n.Add(1)
-	if !d.closed.Load() && offset >= 0 && length > 0 && offset <= d.size-length {
-		if l := d.live.Load(); l != nil && l.remapper != nil {
+	if !d.closed.Load() {
+		l := d.live.Load()
+		if l.remapper != nil && offset >= 0 && length > 0 && offset <= l.size-length {
 			if to, at, n, ok = l.remapper.Remap(offset, length); ok {
 				return to, at, n, true
 			}
@@ -315,7 +420,7 @@ func (d *Device) Remap(q block.Queue, offset, length int64) (to block.Device, at
 // Release ends what one successful Remap on q began.
 func (d *Device) Release(q block.Queue) { d.leave(d.inflight.At(uint(q))) }
 
-// Extents are the target's; everything is data if it does not know. It waits while the device is suspended.
+// Extents are the target's; everything is data if it does not know. It waits while the gate is closed.
 func (d *Device) Extents(offset, length int64, yield func(block.Extent) bool) error {
 	in := d.inflight.At(0)
 	for {
@@ -328,10 +433,10 @@ func (d *Device) Extents(offset, length int64, yield func(block.Extent) bool) er
 	}
 	defer d.leave(in)
 	l := d.live.Load()
-	if l == nil {
-		return fmt.Errorf("device %q was removed: %w", d.name, syscall.ESHUTDOWN)
-	}
-	if l.extents == nil {
+	switch {
+	case offset < 0 || length < 0 || offset > l.size-length: // it has become smaller
+		return fmt.Errorf("device %q: extents of %d bytes at %d are beyond its end: %w", d.Name(), length, offset, syscall.EINVAL)
+	case l.extents == nil:
 		yield(block.Extent{Offset: offset, Length: length})
 		return nil
 	}

@@ -126,7 +126,7 @@ func (c *call) want(t *testing.T, want error) {
 	}
 }
 
-func inTime(t *testing.T) context.Context {
+func inTime(t testing.TB) context.Context {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	t.Cleanup(cancel)
 	return ctx

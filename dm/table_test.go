@@ -13,6 +13,7 @@ import (
 	"cowherd/backend/mem"
 	"cowherd/block"
 	"cowherd/dm"
+	"cowherd/target"
 	"cowherd/target/linear"
 	"cowherd/target/striped"
 )
@@ -31,6 +32,9 @@ func newMem(t testing.TB, size int64) *mem.Device {
 	})
 	return d
 }
+
+// lower is a device for a target.
+func lower(d block.Device) target.Lower { return target.Lower{Device: d, Name: target.Name("x")} }
 
 // newTable is a table, which must be right.
 func newTable(t testing.TB, targets ...dm.Target) *dm.Table {
@@ -54,9 +58,9 @@ func mixed(t testing.TB) (table *dm.Table, places []place) {
 	a, b, c := newMem(t, 64<<10), newMem(t, 64<<10), newMem(t, 64<<10)
 	const chunk = 3 * 512
 	table = newTable(t,
-		linear.New(a, 1024, 2560),
-		striped.New([]striped.Stripe{{Device: b, Start: 512}, {Device: c, Start: 4096}, {Device: a, Start: 8192}}, chunk, 6*3*chunk),
-		linear.New(c, 0, 1536),
+		linear.New(lower(a), 1024, 2560),
+		striped.New([]striped.Stripe{{Lower: lower(b), Start: 512}, {Lower: lower(c), Start: 4096}, {Lower: lower(a), Start: 8192}}, chunk, 6*3*chunk),
+		linear.New(lower(c), 0, 1536),
 	)
 	for s := range int64(5) {
 		places = append(places, place{a, 1024 + s*512})
@@ -176,7 +180,7 @@ func TestNewTableRefuses(t *testing.T) {
 	if _, err := dm.NewTable(nil); !errors.Is(err, syscall.EINVAL) {
 		t.Errorf("no target: %v", err)
 	}
-	long := func() dm.Target { return linear.New(newMem(t, 4096), 0, math.MaxInt64) }
+	long := func() dm.Target { return linear.New(lower(newMem(t, 4096)), 0, math.MaxInt64) }
 	if _, err := dm.NewTable([]dm.Target{long(), long()}); !errors.Is(err, syscall.EINVAL) {
 		t.Errorf("too long: %v", err)
 	}
@@ -185,7 +189,7 @@ func TestNewTableRefuses(t *testing.T) {
 // TestRemapHolds: who got an answer from Remap is in flight, and a suspended device gives none.
 func TestRemapHolds(t *testing.T) {
 	lower := newMem(t, 8192)
-	d := dm.NewDevice("x", linear.New(lower, 4096, 4096), false)
+	d := dm.NewDevice("x", linear.New(target.Lower{Device: lower}, 4096, 4096), false)
 	to, at, n, ok := d.Remap(1, 1000, 3096)
 	if !ok || to != block.Device(lower) || at != 5096 || n != 3096 {
 		t.Fatalf("Remap gives %v, %d, %d, %v", to, at, n, ok)
@@ -235,7 +239,7 @@ func BenchmarkStack(b *testing.B) {
 		b.Run(fmt.Sprintf("%d", depth), func(b *testing.B) {
 			var d block.Device = newMem(b, 1<<20)
 			for i := range depth {
-				d = dm.NewDevice(fmt.Sprint(i), linear.New(d, 0, 1<<20), false)
+				d = dm.NewDevice(fmt.Sprint(i), linear.New(lower(d), 0, 1<<20), false)
 			}
 			p := make([]byte, 4096)
 			b.ReportAllocs()

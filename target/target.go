@@ -1,9 +1,24 @@
-// Package target has the words that the device mapper and its targets share: what a Target is, and what it may be able
-// to do besides. A target is a mapping of one range of sectors; the packages below target/ are one kind each, and dm
-// makes devices of them.
+// Package target has the words that the device mapper and its targets share: what a Target is and what it may be able
+// to do besides, what a Type of target is, and what it is made of. A target is a mapping of one range of sectors; the
+// packages below target/ are one kind each, and dm makes devices of them.
 //
-// Every optional power is an interface of its own that dm looks for once, when it puts a table together. A target that
-// has none of them is complete: Map, Size and Limits suffice.
+// A Type is data with one function: New reads the arguments of a line of a table and makes a Target. Whoever makes
+// devices is given a list of types; there is no global one.
+//
+// Every optional power of a target is an interface of its own that dm looks for once, when it puts a table together. A
+// target that has none of them is complete: Map, Size and Limits suffice.
+//
+// # The life of a target
+//
+//	New         the table is loaded; nothing is asked of the target before Preresume
+//	Preresume   the table is about to go live: what may fail is done here
+//	Resume      it is live, but no request comes yet
+//	Map         any number of times, concurrently
+//	Presuspend  the device is about to be suspended; requests still come, and those that wait in the target must end
+//	Postsuspend no request is in flight
+//	Close       the table is gone; without Preresume if it never was live
+//
+// The hooks of one target are called one at a time, with no lock of its device held.
 package target
 
 import "cowherd/block"
@@ -32,6 +47,35 @@ type Remapper interface {
 // A Splitter has a boundary that no read and no write may cross when Map sees it.
 type Splitter interface {
 	// SplitAt is the distance in bytes between boundaries, counted from the target's start; 0: there are none. It is
-	// asked when the device is resumed. A discard or a write of zeroes is not cut.
+	// asked when the table is put together. A discard or a write of zeroes is not cut.
 	SplitAt() int64
+}
+
+// A Reporter has something to say in the lines of "table" and "status", behind the target's range and type. Without it
+// both are empty.
+type Reporter interface {
+	// TableLine is the arguments that would make the target again.
+	TableLine() string
+	// StatusLine is the target's state.
+	StatusLine() string
+}
+
+// A Messenger takes messages.
+type Messenger interface {
+	// Message does what words ask for and may have an answer. There is at least one word. EINVAL: it is not understood.
+	Message(words []string) (answer string, err error)
+}
+
+// A Suspender is told when its device is suspended, and when it is resumed.
+type Suspender interface {
+	Preresume() error
+	Resume()
+	Presuspend()
+	Postsuspend()
+}
+
+// A Closer has something to let go of. Close is called once, when no request is in flight and none comes any more. The
+// devices that the target has opened (Build.Open) are closed behind it.
+type Closer interface {
+	Close() error
 }

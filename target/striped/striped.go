@@ -5,16 +5,75 @@
 package striped
 
 import (
+	"fmt"
+	"math"
+	"strings"
 	"sync/atomic"
 	"syscall"
 
 	"cowherd/block"
+	"cowherd/target"
 )
+
+// Type is made by
+//
+//	striped <number of stripes> <sectors of a chunk> [<device> <start sector>]...
+func Type() *target.Type {
+	return &target.Type{Name: "striped", Version: [3]int{1, 6, 0}, New: parse}
+}
+
+// parse makes a target of a line of a table.
+func parse(b *target.Build) (target.Target, error) {
+	if b.Args.Len() < 2 {
+		return nil, target.Errorf("not enough arguments")
+	}
+	count, err := b.Args.Number(1, math.MaxUint32, "invalid stripe count")
+	if err != nil {
+		return nil, err
+	}
+	chunk, err := b.Args.Number(1, math.MaxUint32, "invalid chunk_size")
+	if err != nil {
+		return nil, err
+	}
+	width := uint64(b.Length) / count
+	switch {
+	case uint64(b.Length)%count != 0:
+		return nil, target.Errorf("target length not divisible by number of stripes")
+	case width%chunk != 0:
+		return nil, target.Errorf("target length not divisible by chunk size")
+	case uint64(b.Args.Len()) != 2*count:
+		return nil, target.Errorf("not enough destinations specified")
+	}
+	stripes := make([]Stripe, count) // no more than there are arguments
+	for i := range stripes {
+		if stripes[i], err = parseStripe(b, block.Sector(width), block.Sector(chunk)); err != nil {
+			return nil, fmt.Errorf("couldn't parse stripe destination: %w", err)
+		}
+	}
+	return New(stripes, block.Sector(chunk).Bytes(), b.Size()), nil
+}
+
+// parseStripe reads one device and start, from which width sectors on are the stripe.
+func parseStripe(b *target.Build, width, chunk block.Sector) (Stripe, error) {
+	name := b.Args.Next()
+	start, err := b.Args.Sector()
+	if err != nil {
+		return Stripe{}, err
+	}
+	lower, err := b.Open(name)
+	if err != nil {
+		return Stripe{}, err
+	}
+	if chunk.Bytes()%int64(lower.Limits().LogicalBlock) != 0 {
+		return Stripe{}, target.Errorf("a chunk of %d sectors is no multiple of the logical block size of %s", chunk, lower.Name)
+	}
+	return Stripe{Lower: lower, Start: start.Bytes()}, b.Within(lower, start, width)
+}
 
 // A Stripe is a range of one device, as long as the target's size divided by the number of stripes.
 type Stripe struct {
-	Device block.Device
-	Start  int64 // bytes
+	target.Lower
+	Start int64 // bytes
 }
 
 // Target maps chunk i to chunk i/count of stripe i%count. A read or a write that Map sees lies in one chunk (SplitAt);
@@ -123,6 +182,31 @@ func (t *Target) within(i int, offset int64) int64 {
 func (t *Target) Remap(offset, length int64) (to block.Device, at, n int64, ok bool) {
 	s, at := t.place(offset)
 	return s.Device, at, min(length, t.chunk-offset%t.chunk), true
+}
+
+// TableLine is the stripes.
+func (t *Target) TableLine() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%d %d", len(t.stripes), block.SectorFloor(t.chunk))
+	for _, s := range t.stripes {
+		fmt.Fprintf(&b, " %s %d", s.Name, block.SectorFloor(s.Start))
+	}
+	return b.String()
+}
+
+// StatusLine is the devices, and for each of them A (alive) or D (dead): a request to it has failed.
+func (t *Target) StatusLine() string {
+	var b, states strings.Builder
+	fmt.Fprintf(&b, "%d ", len(t.stripes))
+	for _, s := range t.stripes {
+		fmt.Fprintf(&b, "%s ", s.Name)
+		if s.failures.Load() > 0 {
+			states.WriteByte('D')
+		} else {
+			states.WriteByte('A')
+		}
+	}
+	return b.String() + "1 " + states.String()
 }
 
 // Extents are those of the devices, chunk by chunk.

@@ -13,7 +13,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PATH=$PATH:/usr/sbin:/sbin
 
 # What the guest has: modules with all that they need, and programs with their libraries.
-modules=(virtio_blk nvme dm-snapshot dm-delay)
+modules=(virtio_blk nvme dm-snapshot dm-delay dm-flakey dm-log-writes dm-zero)
 programs=(dmsetup)
 
 fail() {

@@ -1,0 +1,89 @@
+package dm
+
+import (
+	"fmt"
+	"math"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"cowherd/block"
+)
+
+// Line is a line of a table: which sectors, and what they are.
+type Line struct {
+	Start, Length block.Sector
+	Type          string
+	Args          string // what follows the type, as it was written
+}
+
+// String is the line as "dmsetup table" writes it: with a space behind the type whether arguments follow or not.
+func (l Line) String() string { return fmt.Sprintf("%d %d %s %s", l.Start, l.Length, l.Type, l.Args) }
+
+// Bounds of a table.
+const (
+	tableBytesMax = 1 << 20
+	linesMax      = 1 << 14
+	sectorMax     = math.MaxInt64 / block.SectorSize
+)
+
+// space is what separates words.
+const space = " \t\v\f\r"
+
+// Parse reads a table, a line for each target:
+//
+//	<first sector> <number of sectors> <type> [<argument>...]
+//
+// Empty lines and those that begin with # are passed over. Errors say which line is wrong, counted from 1, and are EINVAL.
+// What the types and arguments mean is not looked at.
+func Parse(table string) ([]Line, error) {
+	if len(table) > tableBytesMax {
+		return nil, fmt.Errorf("a table of %d bytes: %d at most are read: %w", len(table), tableBytesMax, syscall.EINVAL)
+	}
+	var lines []Line
+	number := 0
+	for text := range strings.Lines(table) {
+		number++
+		text = strings.Trim(text, space+"\n")
+		if text == "" || text[0] == '#' {
+			continue
+		}
+		l, ok := parseLine(text)
+		if !ok {
+			return nil, fmt.Errorf("invalid format on line %d of table: %.80q: a start, a length and a type are wanted: %w",
+				number, text, syscall.EINVAL)
+		}
+		if len(lines) == linesMax {
+			return nil, fmt.Errorf("more than %d targets: %w", linesMax, syscall.EINVAL)
+		}
+		lines = append(lines, l)
+	}
+	return lines, nil
+}
+
+// parseLine reads a line without space around it.
+func parseLine(text string) (l Line, ok bool) {
+	start, text := cutWord(text)
+	length, text := cutWord(text)
+	l.Type, l.Args = cutWord(text)
+	if l.Start, ok = parseSector(start); !ok {
+		return l, false
+	}
+	l.Length, ok = parseSector(length)
+	return l, ok && l.Type != ""
+}
+
+// cutWord cuts the first word off.
+func cutWord(text string) (word, rest string) {
+	end := strings.IndexAny(text, space)
+	if end < 0 {
+		return text, ""
+	}
+	return text[:end], strings.TrimLeft(text[end:], space)
+}
+
+// parseSector reads a sector whose bytes can be counted.
+func parseSector(word string) (block.Sector, bool) {
+	n, err := strconv.ParseUint(word, 10, 64)
+	return block.Sector(n), err == nil && n <= sectorMax
+}

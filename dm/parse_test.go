@@ -1,0 +1,142 @@
+package dm_test
+
+import (
+	"bufio"
+	"errors"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+
+	"cowherd/block"
+	"cowherd/dm"
+)
+
+// A recorded table, and what Linux made of it.
+type recorded struct {
+	table   string
+	refused string   // why; "" if it was taken
+	lines   []string // table and status, one behind the other
+}
+
+// readRecorded reads testdata/tables.txt.
+func readRecorded(t testing.TB) []recorded {
+	t.Helper()
+	f, err := os.Open("testdata/tables.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var all []recorded
+	for scan := bufio.NewScanner(f); scan.Scan(); {
+		line := scan.Text()
+		if table, ok := strings.CutPrefix(line, "== "); ok {
+			all = append(all, recorded{table: strings.ReplaceAll(table, `\n`, "\n")})
+			continue
+		}
+		if len(all) == 0 || line == "" {
+			continue
+		}
+		x := &all[len(all)-1]
+		if cause, ok := strings.CutPrefix(line, "refused: "); ok {
+			x.refused = cause
+		} else {
+			x.lines = append(x.lines, line)
+		}
+	}
+	if len(all) < 100 {
+		t.Fatalf("%d tables were read", len(all))
+	}
+	return all
+}
+
+// TestRecorded: what Linux takes is taken, and shown in the same words; what it refuses is refused, with its words for
+// why.
+func TestRecorded(t *testing.T) {
+	x := newRig(t, map[string]block.Device{"$A": memory(t, 64<<20), "$B": memory(t, 64<<20)})
+	for _, want := range readRecorded(t) {
+		if strings.Contains(want.table, " snapshot") {
+			continue // its test is where these targets are
+		}
+		err := x.create("x", want.table)
+		if want.refused != "" {
+			if err == nil {
+				t.Errorf("%q is taken; Linux: %s", want.table, want.refused)
+			} else if !strings.Contains(strings.ToLower(err.Error()), strings.ToLower(want.refused)) {
+				t.Errorf("%q: %v; Linux: %s", want.table, err, want.refused)
+			}
+		} else if err != nil {
+			t.Errorf("%q: %v; Linux takes it", want.table, err)
+		}
+		if err != nil {
+			continue
+		}
+		info := x.info("x")
+		var got []string
+		for _, line := range append(info.LiveTable, info.LiveState...) {
+			got = append(got, line.String())
+		}
+		if strings.Join(got, "\n") != strings.Join(want.lines, "\n") {
+			t.Errorf("%q is shown as\n%s\nLinux:\n%s", want.table, strings.Join(got, "\n"), strings.Join(want.lines, "\n"))
+		}
+		if err := x.Remove(inTime(t), "x", false); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestParseBounds: tables that are too much to read.
+func TestParseBounds(t *testing.T) {
+	for _, table := range []string{
+		strings.Repeat("#", 2<<20),
+		strings.Repeat("0 1 zero\n", 1<<15),
+		"0 18446744073709551616 zero",
+		"0 18014398509481984 zero", // 8 EiB
+		"0 1",
+		"\x00",
+		"-1 1 zero",
+	} {
+		if _, err := dm.Parse(table); !errors.Is(err, syscall.EINVAL) {
+			t.Errorf("%.30q: %v", table, err)
+		}
+	}
+	lines, err := dm.Parse("\n # x\n\t5\t6  a\\ b   c d \r\n")
+	if err != nil || len(lines) != 1 || lines[0] != (dm.Line{Start: 5, Length: 6, Type: `a\`, Args: "b   c d"}) {
+		t.Errorf("got %+v, %v", lines, err)
+	}
+}
+
+// FuzzTable: whatever is loaded is either refused, with an errno, and leaves nothing behind, or is shown by a table that
+// is taken and shown alike.
+func FuzzTable(f *testing.F) {
+	for _, x := range readRecorded(f) {
+		f.Add(x.table)
+	}
+	devices := map[string]block.Device{"$A": memory(f, 64<<20), "$B": memory(f, 64<<20)}
+	f.Fuzz(func(t *testing.T, table string) {
+		x := newRig(t, devices)
+		err := x.create("x", table)
+		if err != nil {
+			if errno := syscall.Errno(0); !errors.As(err, &errno) {
+				t.Fatalf("%q: %v has no errno", table, err)
+			}
+			return
+		}
+		shown := x.info("x").LiveTable
+		var text strings.Builder
+		for _, line := range shown {
+			text.WriteString(line.String() + "\n")
+		}
+		if err := x.load("x", text.String()); err != nil {
+			t.Fatalf("%q is shown as %q, which is refused: %v", table, text.String(), err)
+		}
+		for i, line := range x.info("x").NextTable {
+			if line != shown[i] {
+				t.Fatalf("%q is shown as %q, and that as %q", table, shown[i], line)
+			}
+		}
+		if err := x.Remove(t.Context(), "x", false); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
