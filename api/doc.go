@@ -125,7 +125,9 @@ type Device struct {
 	// Target and TargetStatus are what the device mapper's status would show of it, without the range.
 	Target       string `json:"target,omitempty"`
 	TargetStatus string `json:"target_status,omitempty"`
-	Users        []User `json:"users"`
+	// TargetTable is what its table would show, without the range and the type.
+	TargetTable string `json:"target_table,omitempty"`
+	Users       []User `json:"users"`
 	// URIs are where the device is exported, one for each listening address.
 	URIs []string `json:"uris,omitempty"`
 }

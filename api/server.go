@@ -33,10 +33,15 @@ func WriteError(w http.ResponseWriter, err error) error {
 // ReadJSON reads a request's body into v: one JSON value without unknown fields, of at most BodyMax bytes. The errors
 // are EINVAL and EMSGSIZE.
 func ReadJSON(w http.ResponseWriter, r *http.Request, v any) error {
+	return ReadJSONMax(w, r, v, BodyMax)
+}
+
+// ReadJSONMax is ReadJSON for bodies of at most so many bytes.
+func ReadJSONMax(w http.ResponseWriter, r *http.Request, v any, most int64) error {
 	if kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || kind != "application/json" {
 		return Errorf(syscall.EINVAL, "the body must be of the type application/json")
 	}
-	decoder := json.NewDecoder(http.MaxBytesReader(w, r.Body, BodyMax))
+	decoder := json.NewDecoder(http.MaxBytesReader(w, r.Body, most))
 	decoder.DisallowUnknownFields()
 	err := decoder.Decode(v)
 	if err == nil {
@@ -48,7 +53,7 @@ func ReadJSON(w http.ResponseWriter, r *http.Request, v any) error {
 		}
 	}
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
-		return Errorf(syscall.EMSGSIZE, "the body is larger than %d bytes", BodyMax)
+		return Errorf(syscall.EMSGSIZE, "the body is larger than %d bytes", most)
 	}
 	return Errorf(syscall.EINVAL, "the body is not what this path takes: %v", err)
 }

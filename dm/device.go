@@ -55,6 +55,8 @@ type Device struct {
 	reopened chan struct{} // +checklocks:mu
 	// One of the reasons is that the device is suspended, or is being suspended.
 	suspension suspension // +checklocks:mu
+	// Requests that come while the gate is closed fail.
+	refusing bool // +checklocks:mu
 }
 
 type counter struct{ n atomic.Int64 }
@@ -210,13 +212,17 @@ func (d *Device) keep(r *block.Request) {
 		}
 	}
 	d.mu.Lock()
-	if d.closed.Load() {
+	closed, refusing := d.closed.Load(), d.refusing
+	if closed && !refusing {
 		d.kept.PushBack(r)
-		d.mu.Unlock()
-		return
 	}
 	d.mu.Unlock()
-	d.Submit(r)
+	switch {
+	case !closed:
+		d.Submit(r)
+	case refusing:
+		d.refuse(r)
+	}
 }
 
 // Suspend closes the gate and waits until nothing is in flight. New requests wait until Resume. If ctx ends first the
@@ -318,6 +324,32 @@ func (d *Device) Resume() {
 	}
 	d.mu.Unlock()
 	d.submitAll(kept)
+}
+
+// Suspended tells whether a Suspend has succeeded, and no Resume since.
+func (d *Device) Suspended() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.suspension == suspended
+}
+
+// Refuse fails what waits for the gate to be opened, and from here on what comes while it is closed, with ESHUTDOWN.
+func (d *Device) Refuse() {
+	d.mu.Lock()
+	d.refusing = true
+	kept := d.kept.Take()
+	d.mu.Unlock()
+	for r := kept.PopFront(); r != nil; r = kept.PopFront() {
+		d.refuse(r)
+	}
+}
+
+// refuse fails a request.
+func (d *Device) refuse(r *block.Request) {
+	r.Complete(&block.Error{
+		Op: r.Op, Offset: r.Offset, Length: r.Length, Errno: syscall.ESHUTDOWN,
+		Err: fmt.Errorf("device %q is suspended, and requests are not kept any more", d.Name()),
+	})
 }
 
 // SetTarget gives a suspended device another target, which takes the requests that come from Resume on; the old one

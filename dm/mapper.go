@@ -365,6 +365,17 @@ func (p *Mapper) isThere(name string) bool {
 	return err == nil
 }
 
+// Refuse fails requests that wait in suspended devices, and lets none wait any more: so that those who wait for their
+// answers can end.
+func (p *Mapper) Refuse() {
+	p.mu.Lock()
+	devices := slices.Collect(maps.Values(p.devices))
+	p.mu.Unlock()
+	for _, m := range devices {
+		m.device.Refuse()
+	}
+}
+
 // Close removes all devices that nobody uses, and waits for what was deferred.
 func (p *Mapper) Close(ctx context.Context) error {
 	err := p.RemoveAll(ctx, false)

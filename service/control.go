@@ -106,6 +106,7 @@ func (c *control) handler(streaming context.Context) http.Handler {
 		}
 		return d.MergeSnapshot(r.Context(), r.PathValue("name"), body.Running)
 	})
+	c.handleMapped(handle, streaming)
 	mux.HandleFunc("GET "+api.Prefix+"/events", func(w http.ResponseWriter, r *http.Request) {
 		if err := c.serveEvents(w, r, streaming); err != nil {
 			c.fail(w, r, err)

@@ -14,6 +14,7 @@ import (
 
 	"cowherd/api"
 	"cowherd/block"
+	"cowherd/dm"
 	"cowherd/export/nbd"
 )
 
@@ -76,6 +77,7 @@ type Daemon struct {
 	started time.Time
 	bus     *bus
 	names   registry
+	mapper  *dm.Mapper
 	logging sync.WaitGroup
 	tasks   sync.WaitGroup  // what is done without anybody waiting for it: ends of merges
 	ending  context.Context // ends when the daemon begins to stop
@@ -96,6 +98,8 @@ func New(c Config) (*Daemon, error) {
 	c = c.withDefaults()
 	d := &Daemon{config: c, log: c.Logger, started: time.Now().UTC(), bus: newBus(), nbd: c.Listeners}
 	d.names.origins, d.names.held = map[string]*origin{}, map[fileID]string{}
+	d.names.mapped, d.names.minors = map[string]bool{}, map[string]uint32{}
+	d.mapper = dm.NewMapper(&mappedHost{daemon: d, leaves: map[fileID]*sharedLeaf{}}, targetTypes())
 	d.ending, d.end = context.WithCancel(context.Background())
 	if err := d.open(); err != nil {
 		d.end()
@@ -195,6 +199,7 @@ func (d *Daemon) Stop(ctx context.Context) error {
 	d.names.close()
 	d.end()
 	d.endStalls()
+	d.refuseSuspended()
 	err := d.stopServing(ctx)
 	ended := make(chan error, 1)
 	go func() { ended <- d.releaseAll(ctx) }()
@@ -241,8 +246,10 @@ func (d *Daemon) endStalls() {
 	}
 }
 
-// releaseAll closes all origins with their snapshots, each origin by itself.
+// releaseAll closes the mapped devices, which may lie on others, and all origins with their snapshots, each origin by
+// itself.
 func (d *Daemon) releaseAll(ctx context.Context) error {
+	mapped := d.mapper.Close(ctx)
 	origins := d.names.all()
 	errs := make([]error, len(origins))
 	var wait sync.WaitGroup
@@ -251,7 +258,7 @@ func (d *Daemon) releaseAll(ctx context.Context) error {
 	}
 	wait.Wait()
 	d.tasks.Wait() // no merge runs any more that could begin one
-	return errors.Join(errs...)
+	return errors.Join(append(errs, mapped)...)
 }
 
 // releaseOrigin closes an origin and its snapshots as they are: they stay in the state file. The origin comes first,

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -28,6 +29,7 @@ type entry struct {
 	device *dm.Device // set before the entry is live
 	since  time.Time  // set before the entry is live
 	bus    *bus
+	paused atomic.Bool // somebody has suspended the device by itself
 
 	mu sync.Mutex
 	// +checklocks:mu
@@ -112,6 +114,13 @@ func (e *entry) reopen() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.state = live
+}
+
+// userCount is how many clients have the entry open.
+func (e *entry) userCount() int {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return len(e.users)
 }
 
 // usersShown is how many users a message names.

@@ -45,6 +45,9 @@ func (x *exports) List(context.Context) []nbd.Info {
 			list = append(list, nbd.Info{Name: s.name, Description: describeExport(&s.entry)})
 		}
 	}
+	for _, name := range x.daemon.mapper.Names() {
+		list = append(list, nbd.Info{Name: name, Description: "mapped device"})
+	}
 	return list
 }
 
@@ -68,7 +71,7 @@ func (x *exports) Open(_ context.Context, name, client string) (*nbd.Export, err
 	origin, _, isSnapshot := strings.Cut(name, "@")
 	o, err := x.daemon.names.origin(origin)
 	if err != nil {
-		return nil, noDevice(name)
+		return x.openMapped(name, client)
 	}
 	if !isSnapshot {
 		return openEntry(&o.entry, client, nil)
@@ -78,6 +81,17 @@ func (x *exports) Open(_ context.Context, name, client string) (*nbd.Export, err
 		return nil, noDevice(name)
 	}
 	return openEntry(&s.entry, client, []nbd.Context{{Name: copiedContext, Extents: s.copied}})
+}
+
+// openMapped counts client in as a user of a mapped device, and makes the export.
+func (x *exports) openMapped(name, client string) (*nbd.Export, error) {
+	h, err := x.daemon.mapper.Open(name, client)
+	if err != nil {
+		return nil, noDevice(name)
+	}
+	return &nbd.Export{
+		Name: name, Description: "mapped device", Device: h.Device(), MultiConn: true, Release: h.Close,
+	}, nil
 }
 
 // openEntry counts client in and makes the export. All connections write through the one descriptor of a backend, so

@@ -24,6 +24,13 @@ type registry struct {
 	count int // origins and snapshots
 	// +checklocks:mu
 	closed bool // nothing is added any more
+	// +checklocks:mu
+	mapped map[string]bool // names of mapped devices
+	// Minor numbers of what was attached and of snapshots, for the device mapper's tools.
+	// +checklocks:mu
+	minors map[string]uint32
+	// +checklocks:mu
+	lastMinor uint32
 }
 
 // add takes o's name. EEXIST: it is taken.
@@ -32,6 +39,9 @@ func (g *registry) add(o *origin) error {
 	defer g.mu.Unlock()
 	if g.origins[o.name] != nil {
 		return api.Errorf(syscall.EEXIST, "there is a device %q already", o.name)
+	}
+	if g.mapped[o.name] {
+		return api.Errorf(syscall.EEXIST, "there is a mapped device %q", o.name)
 	}
 	if err := g.reserveLocked(); err != nil {
 		return err
@@ -46,6 +56,27 @@ func (g *registry) remove(o *origin) {
 	defer g.mu.Unlock()
 	delete(g.origins, o.name)
 	g.count--
+}
+
+// claim takes a name for a mapped device. EBUSY: it is taken.
+func (g *registry) claim(name string) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.origins[name] != nil || g.mapped[name] {
+		return api.Errorf(syscall.EBUSY, "there is a device %q already", name)
+	}
+	if g.closed {
+		return api.Errorf(syscall.ESHUTDOWN, "the daemon is stopping")
+	}
+	g.mapped[name] = true
+	return nil
+}
+
+// unclaim gives it back.
+func (g *registry) unclaim(name string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.mapped, name)
 }
 
 // reserve counts one more snapshot, to be given back by unreserve.

@@ -2,6 +2,7 @@ package service
 
 import (
 	"cmp"
+	"fmt"
 	"os"
 	"slices"
 	"strings"
@@ -118,10 +119,10 @@ func (d *Daemon) describeOrigin(o *origin) api.Device {
 	x := d.describe(&o.entry)
 	x.Kind, x.State = api.KindOrigin, api.StateLive
 	x.Device, x.Direct = o.request.Device, o.request.Direct
-	x.Target = "snapshot-origin"
+	x.Target, x.TargetTable = "snapshot-origin", o.request.Device
 	if s := o.merging(); s != nil {
 		if m := s.merge.Load(); m != nil {
-			x.Target, x.TargetStatus = "snapshot-merge", m.Status()
+			x.Target, x.TargetStatus, x.TargetTable = "snapshot-merge", m.Status(), s.tableLine()
 		}
 	}
 	for _, s := range o.allSnaps() {
@@ -135,10 +136,10 @@ func (d *Daemon) describeSnap(s *snap) api.Device {
 	x.Kind, x.State = api.KindSnapshot, api.StateValid
 	status, stats := s.target.Status(), s.engine.Stats()
 	m := s.merge.Load()
-	x.Target, x.TargetStatus = "snapshot", status.String()
+	x.Target, x.TargetStatus, x.TargetTable = "snapshot", status.String(), s.tableLine()
 	switch {
 	case s.merged.Load():
-		x.State, x.Target, x.TargetStatus = api.StateMerged, "snapshot-origin", ""
+		x.State, x.Target, x.TargetStatus, x.TargetTable = api.StateMerged, "snapshot-origin", "", s.origin.request.Device
 	case m != nil:
 		x.State, x.Target, x.TargetStatus = api.StateMerging, "snapshot-merge", m.Status()
 	case status.Invalid != nil:
@@ -179,6 +180,11 @@ func (d *Daemon) describeSnap(s *snap) api.Device {
 		},
 	}
 	return x
+}
+
+// tableLine is what the table of a snapshot shows behind the type.
+func (s *snap) tableLine() string {
+	return fmt.Sprintf("%s %s %s", s.origin.request.Device, s.request.Store, s.target.Table())
 }
 
 // describeMerge tells how far a merge is; nil: there is none.

@@ -39,6 +39,7 @@ type cli struct {
 	Status        statusCmd        `cmd:"" help:"Show all that is known of devices and snapshots."`
 	Events        eventsCmd        `cmd:"" help:"Show what happens in the daemon."`
 	Cow           cowCmd           `cmd:"" help:"Inspect, check, repair, export and merge persistent snapshots, without a daemon."`
+	Dm            dmCmd            `cmd:"" help:"The device mapper's verbs: tables, mapped devices, targets."`
 	CloneMetadata cloneMetadataCmd `cmd:"" help:"Inspect, check and repair the metadata of clones, without a daemon."`
 	Demo          demoCmd          `cmd:"" help:"Freeze a disk while it is written, prove it, and see what it costs."`
 	Copy          copyCmd          `cmd:"" help:"Copy an image, a block device, an export or a live device."`

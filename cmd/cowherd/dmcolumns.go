@@ -1,0 +1,258 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+
+	"cowherd/api"
+)
+
+// dmColumn is a column of "dm info -c".
+type dmColumn struct {
+	id, heading string
+	width       int
+	right       bool
+	value       func(d *api.DMDevice, all []api.DMDevice) string
+}
+
+// dmColumns are the columns that there are.
+var dmColumns = []dmColumn{
+	{"name", "Name", 16, false, nameValue},
+	{"mangled_name", "MangledName", 16, false, nameValue},
+	{"unmangled_name", "UnmangledName", 16, false, nameValue},
+	{"uuid", "UUID", 32, false, func(d *api.DMDevice, _ []api.DMDevice) string { return d.UUID }},
+	{"blkdevname", "BlkDevName", 16, false, func(d *api.DMDevice, _ []api.DMDevice) string { return blkdevname(depOf(d)) }},
+	{"attr", "Stat", 4, false, attrValue},
+	{"tables_loaded", "Tables", 6, false, tablesValue},
+	{"suspended", "Suspended", 9, false, func(d *api.DMDevice, _ []api.DMDevice) string {
+		return either(d.Suspended, "Suspended", "Active")
+	}},
+	{"readonly", "Read-only", 9, false, func(d *api.DMDevice, _ []api.DMDevice) string {
+		return either(d.ReadOnly, "Read-only", "Writeable")
+	}},
+	{"devno", "DevNo", 5, false, func(d *api.DMDevice, _ []api.DMDevice) string { return treeKey(depOf(d)) }},
+	{"major", "Maj", 3, true, func(d *api.DMDevice, _ []api.DMDevice) string { return fmt.Sprint(d.Major) }},
+	{"minor", "Min", 3, true, func(d *api.DMDevice, _ []api.DMDevice) string { return fmt.Sprint(d.Minor) }},
+	{"open", "Open", 4, true, func(d *api.DMDevice, _ []api.DMDevice) string { return fmt.Sprint(d.Open) }},
+	{"segments", "Targ", 4, true, func(d *api.DMDevice, _ []api.DMDevice) string { return fmt.Sprint(len(d.Table)) }},
+	{"events", "Event", 6, true, func(d *api.DMDevice, _ []api.DMDevice) string { return fmt.Sprint(d.Event) }},
+	{"device_count", "#Devs", 5, true, func(d *api.DMDevice, _ []api.DMDevice) string {
+		return fmt.Sprint(len(d.Dependencies))
+	}},
+	{"devs_used", "DevNamesUsed", 16, false, func(d *api.DMDevice, _ []api.DMDevice) string {
+		mapped := slices.DeleteFunc(slices.Clone(d.Dependencies), func(x api.DMDep) bool { return x.Major != mappedMajor })
+		return joinDeps(mapped, func(x api.DMDep) string { return x.Name })
+	}},
+	{"devnos_used", "DevNosUsed", 16, false, func(d *api.DMDevice, _ []api.DMDevice) string {
+		return joinDeps(d.Dependencies, treeKey)
+	}},
+	{"blkdevs_used", "BlkDevNamesUsed", 16, false, func(d *api.DMDevice, _ []api.DMDevice) string {
+		return joinDeps(d.Dependencies, blkdevname)
+	}},
+	{"device_ref_count", "#Refs", 5, true, func(d *api.DMDevice, all []api.DMDevice) string {
+		return fmt.Sprint(len(usersOf(d, all)))
+	}},
+	{"names_using_dev", "RefNames", 5, false, func(d *api.DMDevice, all []api.DMDevice) string {
+		return joinDeps(usersOf(d, all), func(x api.DMDep) string { return x.Name })
+	}},
+	{"devnos_using_dev", "RefDevNos", 9, false, func(d *api.DMDevice, all []api.DMDevice) string {
+		return joinDeps(usersOf(d, all), treeKey)
+	}},
+}
+
+// usualColumns are those without --options.
+const usualColumns = "name,major,minor,attr,open,segments,events,uuid"
+
+func nameValue(d *api.DMDevice, _ []api.DMDevice) string { return d.Name }
+
+// attrValue is four letters: (L)ive, (I)nactive, (s)uspended, (r)ead-only or read-(w)rite.
+func attrValue(d *api.DMDevice, _ []api.DMDevice) string {
+	return either(d.Live, "L", "-") + either(d.Inactive, "I", "-") + either(d.Suspended, "s", "-") +
+		either(d.ReadOnly, "r", "w")
+}
+
+func tablesValue(d *api.DMDevice, _ []api.DMDevice) string {
+	switch {
+	case d.Live && d.Inactive:
+		return "Both"
+	case d.Live:
+		return "Live"
+	case d.Inactive:
+		return "Inactive"
+	}
+	return "None"
+}
+
+// usersOf are the devices that lie on d.
+func usersOf(d *api.DMDevice, all []api.DMDevice) []api.DMDep {
+	var users []api.DMDep
+	for i := range all {
+		if slices.ContainsFunc(all[i].Dependencies, func(x api.DMDep) bool { return treeKey(x) == treeKey(depOf(d)) }) {
+			users = append(users, depOf(&all[i]))
+		}
+	}
+	return users
+}
+
+func joinDeps(deps []api.DMDep, name func(api.DMDep) string) string {
+	var names []string
+	for _, x := range deps {
+		names = append(names, name(x))
+	}
+	return strings.Join(names, ",")
+}
+
+// findColumn finds a column by its name, in which underscores do not count.
+func findColumn(name string) (*dmColumn, error) {
+	plain := func(s string) string { return strings.ReplaceAll(s, "_", "") }
+	for i := range dmColumns {
+		if plain(dmColumns[i].id) == plain(name) {
+			return &dmColumns[i], nil
+		}
+	}
+	return nil, usagef("unrecognised field: %s: \"cowherd dm help -c\" lists them", name)
+}
+
+// columns are those that --options chooses.
+func (r *dmRun) columns() ([]*dmColumn, error) {
+	list := r.flags.Options
+	if more, ok := strings.CutPrefix(list, "+"); ok || list == "" {
+		list = strings.TrimSuffix(usualColumns+","+more, ",")
+	}
+	var columns []*dmColumn
+	for name := range strings.SplitSeq(list, ",") {
+		c, err := findColumn(name)
+		if err != nil {
+			return nil, err
+		}
+		columns = append(columns, c)
+	}
+	return columns, nil
+}
+
+// printColumns prints a line for each device.
+func (r *dmRun) printColumns(args []string) error {
+	columns, err := r.columns()
+	if err != nil {
+		return err
+	}
+	devices, _, err := r.devices(args)
+	if err != nil {
+		return err
+	}
+	if len(devices) == 0 {
+		_, err := fmt.Fprintln(r.stdout, noDevices)
+		return err
+	}
+	all, err := r.client.DMDevices(r)
+	if err != nil {
+		return err
+	}
+	if err := r.sortDevices(devices, all); err != nil {
+		return err
+	}
+	var rows [][]string
+	for i := range devices {
+		row := make([]string, len(columns))
+		for k, c := range columns {
+			row[k] = c.value(&devices[i], all)
+			if r.flags.Nameprefixes {
+				quote := either(r.flags.Unquoted, "", "'")
+				row[k] = "DM_" + strings.ToUpper(c.id) + "=" + quote + row[k] + quote
+			}
+		}
+		rows = append(rows, row)
+	}
+	_, err = io.WriteString(r.stdout, r.layOut(columns, rows))
+	return err
+}
+
+// sortDevices sorts by --sort; numbers by their value.
+func (r *dmRun) sortDevices(devices, all []api.DMDevice) error {
+	if r.flags.Sort == "" {
+		return nil
+	}
+	type key struct {
+		column *dmColumn
+		down   bool
+	}
+	var keys []key
+	for name := range strings.SplitSeq(r.flags.Sort, ",") {
+		c, err := findColumn(strings.TrimLeft(name, "+-"))
+		if err != nil {
+			return err
+		}
+		keys = append(keys, key{c, strings.HasPrefix(name, "-")})
+	}
+	slices.SortStableFunc(devices, func(a, b api.DMDevice) int {
+		for _, k := range keys {
+			x, y := k.column.value(&a, all), k.column.value(&b, all)
+			order := cmp.Compare(x, y)
+			if k.column.right {
+				m, _ := strconv.Atoi(x) // it is a number
+				n, _ := strconv.Atoi(y)
+				order = cmp.Compare(m, n)
+			}
+			if k.down {
+				order = -order
+			}
+			if order != 0 {
+				return order
+			}
+		}
+		return 0
+	})
+	return nil
+}
+
+// layOut puts rows in columns, or with --separator or --nameprefixes one cell behind the other.
+func (r *dmRun) layOut(columns []*dmColumn, rows [][]string) string {
+	var b strings.Builder
+	aligned := r.flags.Separator == "" && !r.flags.Nameprefixes
+	if !r.flags.Noheadings {
+		headings := make([]string, len(columns))
+		for i, c := range columns {
+			headings[i] = c.heading
+		}
+		rows = append([][]string{headings}, rows...)
+	}
+	separator := cmp.Or(r.flags.Separator, either(aligned, " ", ":"))
+	for _, row := range rows {
+		cells := slices.Clone(row)
+		for i, c := range columns {
+			if !aligned {
+				continue
+			}
+			width := 0
+			if !r.flags.Noheadings {
+				width = c.width
+			}
+			for _, other := range rows {
+				width = max(width, len(other[i]))
+			}
+			if c.right {
+				cells[i] = fmt.Sprintf("%*s", width, cells[i])
+			} else {
+				cells[i] = fmt.Sprintf("%-*s", width, cells[i])
+			}
+		}
+		b.WriteString(strings.Join(cells, separator) + "\n")
+	}
+	return b.String()
+}
+
+type dmFieldsCmd struct{}
+
+// Run lists the columns of "info -c".
+func (c *dmFieldsCmd) Run(s *session) error {
+	for i := range dmColumns {
+		if _, err := fmt.Fprintf(s.stdout, "  %-21s - %s\n", dmColumns[i].id, dmColumns[i].heading); err != nil {
+			return err
+		}
+	}
+	return nil
+}
