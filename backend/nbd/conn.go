@@ -345,13 +345,16 @@ func (c *conn) failAll(cause error) {
 		c.mu.Lock()
 		s := &c.slots[i]
 		o := outcome{s.request, s.query, cause}
+		if s.state != slotFree {
+			c.inflight--
+		}
 		s.request, s.query, s.state = nil, nil, slotFree
 		c.mu.Unlock()
 		o.deliver()
 	}
 	c.mu.Lock()
 	waiting := c.waiting.Take()
-	c.inflight = 0
+	c.inflight -= waiting.Len()
 	c.mu.Unlock()
 	for r := waiting.PopFront(); r != nil; r = waiting.PopFront() {
 		r.Complete(block.WrapError(r, cause))

@@ -8,11 +8,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"cowherd/backend/devicetest"
 	"cowherd/block"
 )
 
@@ -27,7 +29,18 @@ func spawn(t testing.TB, program string, arguments ...string) (socket string, pr
 	if err != nil {
 		t.Fatal(err)
 	}
-	socket = filepath.Join(dir, "s")
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return filepath.Join(dir, "s"), spawnAt(t, path, filepath.Join(dir, "s"), arguments...)
+}
+
+// spawnAt is spawn on a given socket.
+func spawnAt(t testing.TB, path, socket string, arguments ...string) *os.Process {
+	t.Helper()
+	arguments = slices.Clone(arguments)
 	for i, a := range arguments {
 		arguments[i] = strings.ReplaceAll(a, "SOCKET", socket)
 	}
@@ -45,22 +58,19 @@ func spawn(t testing.TB, program string, arguments ...string) (socket string, pr
 	t.Cleanup(func() {
 		_ = c.Process.Kill() // it may have ended by itself
 		<-ended
-		if err := os.RemoveAll(dir); err != nil {
-			t.Error(err)
-		}
 	})
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
 		if stream, err := net.Dial("unix", socket); err == nil {
 			_ = stream.Close()
-			return socket, c.Process
+			return c.Process
 		}
 		select {
 		case <-ended:
-			t.Fatalf("%s ended: %s", program, output.String())
+			t.Fatalf("%s ended: %s", path, output.String())
 		default:
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("%s does not listen: %s", program, output.String())
+			t.Fatalf("%s does not listen: %s", path, output.String())
 		}
 	}
 }
@@ -71,13 +81,16 @@ func nbdkit(t testing.TB, arguments ...string) (socket string, process *os.Proce
 }
 
 // connectTo opens an export on a socket until the test ends.
-func connectTo(t testing.TB, uri string, connections int) *Device {
+func connectTo(t testing.TB, uri string, connections int, change ...func(*Config)) *Device {
 	t.Helper()
 	c, err := ParseURI(uri)
 	if err != nil {
 		t.Fatal(err)
 	}
 	c.Connections = connections
+	for _, f := range change {
+		f(&c)
+	}
 	d, err := Open(context.Background(), c)
 	if err != nil {
 		t.Fatal(err)
@@ -220,7 +233,7 @@ func TestNbdkitInFlight(t *testing.T) {
 
 func TestNbdkitKilled(t *testing.T) {
 	socket, process := nbdkit(t, "--filter=delay", "memory", "1M", "delay-read=60")
-	d := connectTo(t, "nbd+unix:///?socket="+socket, 2)
+	d := connectTo(t, "nbd+unix:///?reconnect-timeout=0&socket="+socket, 2)
 	done := newCollector()
 	for i := range 10 {
 		r := &block.Request{Op: block.OpRead, Queue: block.Queue(i), Length: 512, Data: make([]byte, 512)}
@@ -232,5 +245,78 @@ func TestNbdkitKilled(t *testing.T) {
 	}
 	for _, err := range done.wait(t, 10) {
 		wantErrno(t, err, syscall.EIO)
+	}
+}
+
+// TestKilledServers kills a server and starts it again, several times, while requests run and are compared. What the
+// servers write to is a file that outlives them, in the page cache.
+func TestKilledServers(t *testing.T) {
+	const size = 4 << 20
+	certificates := directory(t)
+	image := filepath.Join(t.TempDir(), "image")
+	tests := []struct {
+		name, program, uri string
+		connections        int
+		arguments          []string
+	}{
+		{"nbdkit", "nbdkit", "nbd+unix:///?socket=", 2, []string{"-f", "-U", "SOCKET", "file", image}},
+		{"nbdkit with TLS", "nbdkit", "nbds+unix:///?tls-certificates=" + certificates + "&socket=", 2,
+			[]string{"-f", "-U", "SOCKET", "--tls=require", "--tls-certificates=" + certificates, "--tls-verify-peer",
+				"file", image}},
+		{"qemu-nbd", "qemu-nbd", "nbd+unix:///disk?socket=", 3,
+			[]string{"-f", "raw", "-t", "-e", "8", "-x", "disk", "-k", "SOCKET", "--discard=unmap", image}},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			if err := os.WriteFile(image, make([]byte, size), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			socket, process := spawn(t, test.program, test.arguments...)
+			path, err := exec.LookPath(test.program)
+			if err != nil {
+				t.Fatal(err)
+			}
+			back := make(chan struct{}, 1000)
+			d := connectTo(t, test.uri+socket+"&keeps-writes=1", test.connections, func(c *Config) {
+				c.OnEvent = func(e Event) {
+					if e.Kind == ConnectionBack {
+						back <- struct{}{}
+					}
+				}
+			})
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				devicetest.Disjoint(t, d, 4, 100)
+			}()
+			kills := 0
+			for running := true; running; kills++ {
+				for i := range 300 { // time in the units of what the server does
+					if err := block.Read(d, make([]byte, 4096), int64(i)*4096); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if err := process.Kill(); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.Remove(socket); err != nil && !os.IsNotExist(err) {
+					t.Fatal(err)
+				}
+				process = spawnAt(t, path, socket, test.arguments...)
+				for range test.connections {
+					<-back
+				}
+				select {
+				case <-done:
+					running = false
+				default:
+				}
+			}
+			<-done
+			if s := d.Stats(); kills == 0 || s.Reconnects == 0 || s.Failed != nil {
+				t.Errorf("%d kills: %+v", kills, s)
+			}
+			t.Logf("%d kills, %d connections made anew", kills, d.Stats().Reconnects)
+		})
 	}
 }

@@ -10,8 +10,10 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
+	"time"
 )
 
 const defaultPort = "10809"
@@ -34,7 +36,13 @@ func IsURI(s string) bool {
 // The schemes with an s insist on TLS, with these parameters, all optional: tls-certificates=DIR (of ca-cert.pem, and
 // of client-cert.pem and client-key.pem where the server wants to know its client; without it the system's
 // authorities count), tls-hostname=NAME (what the server's certificate must be for), tls-verify-peer=0 (do not check
-// it). ParseURI reads the certificates. What it does not understand is an error with EINVAL.
+// it). ParseURI reads the certificates. The nbds schemes of others also know pre-shared keys (tls-psk-file); Go's TLS
+// does not.
+//
+// All schemes know these parameters of cowherd's own: connections=N; reconnect-timeout=TIME and request-timeout=TIME,
+// in seconds or with a unit (90, 1500ms, 2m), 0 for never, by default DefaultReconnectTimeout and
+// DefaultRequestTimeout; keeps-writes=1. They are Config's fields of these names. What ParseURI does not understand is
+// an error with EINVAL.
 func ParseURI(s string) (Config, error) {
 	c, err := parseURI(s)
 	if err != nil {
@@ -72,6 +80,9 @@ func parseURI(s string) (Config, error) {
 	if err == nil && secure {
 		c.TLS, err = parseTLS(u, query)
 	}
+	if err == nil {
+		err = c.parseOwn(query)
+	}
 	if err != nil {
 		return Config{}, err
 	}
@@ -108,6 +119,56 @@ func take(query map[string]string, name string) string {
 	return value
 }
 
+// parseOwn takes cowherd's own parameters.
+func (c *Config) parseOwn(query map[string]string) (err error) {
+	if s := take(query, "connections"); s != "" {
+		c.Connections, err = strconv.Atoi(s)
+		if err != nil || c.Connections < 1 || c.Connections > connectionsMax {
+			return invalid("connections=%s is not from 1 to %d", s, connectionsMax)
+		}
+	}
+	c.ReconnectTimeout, err = parseTime(query, "reconnect-timeout", DefaultReconnectTimeout)
+	if err != nil {
+		return err
+	}
+	c.RequestTimeout, err = parseTime(query, "request-timeout", DefaultRequestTimeout)
+	if err != nil {
+		return err
+	}
+	c.KeepsWrites, err = parseSwitch(query, "keeps-writes", false)
+	return err
+}
+
+// parseTime takes a parameter that is a time: seconds, or a number with a unit.
+func parseTime(query map[string]string, name string, standard time.Duration) (time.Duration, error) {
+	s := take(query, name)
+	if s == "" {
+		return standard, nil
+	}
+	if seconds, err := strconv.ParseUint(s, 10, 31); err == nil {
+		return time.Duration(seconds) * time.Second, nil
+	}
+	d, err := time.ParseDuration(s)
+	if err != nil || d < 0 {
+		return 0, invalid("%s=%s is not a time like 90, 1500ms or 2m", name, s)
+	}
+	return d, nil
+}
+
+// parseSwitch takes a parameter that is on or off.
+func parseSwitch(query map[string]string, name string, standard bool) (bool, error) {
+	switch s := take(query, name); s {
+	case "":
+		return standard, nil
+	case "1", "true":
+		return true, nil
+	case "0", "false":
+		return false, nil
+	default:
+		return false, invalid("%s=%s is neither 0 nor 1", name, s)
+	}
+}
+
 func (c *Config) parseUnix(u *url.URL, query map[string]string) error {
 	c.Network, c.Address = "unix", take(query, "socket")
 	if u.Host != "" {
@@ -137,16 +198,17 @@ func parseTLS(u *url.URL, query map[string]string) (*tls.Config, error) {
 	if name := take(query, "tls-hostname"); name != "" {
 		c.ServerName = name
 	}
+	if take(query, "tls-psk-file") != "" {
+		return nil, invalid("tls-psk-file: pre-shared keys are not supported (Go's TLS has none), only certificates")
+	}
 	if kind := take(query, "tls-type"); kind != "" && kind != "x509" {
 		return nil, invalid("tls-type=%s is not supported, only x509", kind)
 	}
-	switch verify := take(query, "tls-verify-peer"); verify {
-	case "", "1", "true":
-	case "0", "false":
-		c.InsecureSkipVerify = true
-	default:
-		return nil, invalid("tls-verify-peer=%s is neither 0 nor 1", verify)
+	verify, err := parseSwitch(query, "tls-verify-peer", true)
+	if err != nil {
+		return nil, err
 	}
+	c.InsecureSkipVerify = !verify
 	if c.ServerName == "" && !c.InsecureSkipVerify {
 		c.ServerName = "localhost"
 	}

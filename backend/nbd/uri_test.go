@@ -6,6 +6,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 func TestParseURI(t *testing.T) {
@@ -28,6 +29,11 @@ func TestParseURI(t *testing.T) {
 		{"nbds://10.0.0.1/x?tls-hostname=disks&tls-type=x509",
 			Config{Network: "tcp", Address: "10.0.0.1:10809", Export: "x"}, "disks"},
 		{"nbds+unix:///x?socket=s", Config{Network: "unix", Address: "s", Export: "x"}, "localhost"},
+		{"nbd://h/x?connections=4&reconnect-timeout=90&request-timeout=1500ms&keeps-writes=1",
+			Config{Network: "tcp", Address: "h:10809", Export: "x", Connections: 4, ReconnectTimeout: 90 * time.Second,
+				RequestTimeout: 1500 * time.Millisecond, KeepsWrites: true}, "-"},
+		{"nbds+unix:///x?socket=s&reconnect-timeout=0&request-timeout=0s&keeps-writes=false",
+			Config{Network: "unix", Address: "s", Export: "x"}, "localhost"},
 		{"nbds+unix:///x?socket=s&tls-verify-peer=0", Config{Network: "unix", Address: "s", Export: "x"}, ""},
 	}
 	for _, test := range tests {
@@ -44,6 +50,9 @@ func TestParseURI(t *testing.T) {
 			}
 		}
 		c.TLS = nil
+		if test.want.ReconnectTimeout == 0 && !strings.Contains(test.uri, "timeout") {
+			test.want.ReconnectTimeout, test.want.RequestTimeout = DefaultReconnectTimeout, DefaultRequestTimeout
+		}
 		if !reflect.DeepEqual(c, test.want) || name != test.name {
 			t.Errorf("%s: got %+v and TLS name %q", test.uri, c, name)
 		}
@@ -68,6 +77,12 @@ func TestParseURIErrors(t *testing.T) {
 		"nbd+unix:///disk?socket=x;y":           "semicolon",
 		"nbds://example.com/?tls-type=psk":      "only x509",
 		"nbds://example.com/?tls-verify-peer=2": "neither 0 nor 1",
+		"nbds://example.com/?tls-psk-file=keys": "Go's TLS has none",
+		"nbd://h/?connections=0":                "connections=0 is not from 1 to 64",
+		"nbd://h/?connections=many":             "connections=many",
+		"nbd://h/?reconnect-timeout=-1s":        "reconnect-timeout=-1s is not a time",
+		"nbd://h/?request-timeout=soon":         "request-timeout=soon is not a time",
+		"nbd://h/?keeps-writes=maybe":           "keeps-writes=maybe is neither 0 nor 1",
 		"nbd://h/" + strings.Repeat("x", 4097):  "longer than",
 	} {
 		if _, err := ParseURI(uri); err == nil || !strings.Contains(err.Error(), want) || !errors.Is(err, syscall.EINVAL) {
@@ -96,6 +111,7 @@ func TestURI(t *testing.T) {
 func FuzzParseURI(f *testing.F) {
 	for _, s := range []string{
 		"nbd://example.com:10809/disk", "nbd+unix:///disk?socket=/run/nbd.sock", "nbds://[::1]/?tls-verify-peer=0",
+		"nbd://h/?connections=9&request-timeout=1h&reconnect-timeout=1&keeps-writes=1",
 		"nbds+unix:///a%00b?socket=x&tls-hostname=h", "nbd://@:0/#", "nbd+unix://x?socket=%zz",
 	} {
 		f.Add(s)
