@@ -54,6 +54,7 @@ type conn struct {
 	contexts   []selectedContext
 	device     block.Device
 	queue      block.Queue
+	foreground func(block.Queue) // nil: nobody is told of requests
 	limits     block.Limits
 	size       uint64 // bytes
 	blockMask  uint64 // logical block - 1
@@ -127,7 +128,7 @@ func newConn(s *Server, n *negotiation, first net.Conn) (*conn, error) {
 	c := &conn{
 		server: s, id: s.ids.Add(1), client: n.client, since: time.Now(), encrypted: n.encrypted,
 		structured: n.structured, export: e, contexts: n.selectedContexts(),
-		device: e.Device, queue: s.nextQueue(), limits: e.Device.Limits(),
+		device: e.Device, queue: s.nextQueue(), foreground: s.config.Foreground, limits: e.Device.Limits(),
 		size: uint64(e.size()), readOnly: e.readOnly(),
 		in: make([]byte, inSize), out: make([]byte, 0, outSize),
 	}

@@ -40,6 +40,9 @@ type Config struct {
 	MemoryMax int64
 	// Logger is told of connections that come and go. Default: nobody.
 	Logger *slog.Logger
+	// Foreground is called for each request, with its connection's queue, by the goroutine that reads it. Default:
+	// nobody.
+	Foreground func(block.Queue)
 }
 
 // withDefaults fills in what is not set.
@@ -81,6 +84,7 @@ type Server struct {
 	stopping  bool                      // +checklocks:mu
 	listeners map[net.Listener]struct{} // +checklocks:mu
 	peers     map[*peer]struct{}        // +checklocks:mu
+	ended     map[string]*ExportTotals  // +checklocks:mu
 }
 
 // peer is an accepted connection, from its first byte to its last.
@@ -102,6 +106,7 @@ func NewServer(config Config) (*Server, error) {
 		config:    config.withDefaults(),
 		listeners: make(map[net.Listener]struct{}),
 		peers:     make(map[*peer]struct{}),
+		ended:     make(map[string]*ExportTotals),
 	}
 	s.memory.Store(s.config.MemoryMax)
 	return s, nil
@@ -230,6 +235,9 @@ func (s *Server) enter(p *peer, c *conn) {
 func (s *Server) forget(p *peer) {
 	s.mu.Lock()
 	delete(s.peers, p)
+	if p.phase != nil {
+		s.retireLocked(p.phase)
+	}
 	s.mu.Unlock()
 	close(p.done)
 }

@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"maps"
 	"sort"
 	"sync/atomic"
 	"time"
@@ -74,6 +75,74 @@ func (c *conn) info() ConnectionInfo {
 		}
 	}
 	return info
+}
+
+// ExportTotals counts what was done on an export by all its connections, those that have ended included.
+type ExportTotals struct {
+	Connections uint64 // that reached the transmission phase
+	Open        int
+	InFlight    int64
+	Commands    map[string]Command // by name; those that were used
+}
+
+// add counts one connection more.
+func (t *ExportTotals) add(info *ConnectionInfo) {
+	t.Connections++
+	if t.Commands == nil {
+		t.Commands = make(map[string]Command)
+	}
+	for name, n := range info.Commands {
+		sum := t.Commands[name]
+		sum.Requests += n.Requests
+		sum.Bytes += n.Bytes
+		sum.Errors += n.Errors
+		t.Commands[name] = sum
+	}
+}
+
+// Totals are those of all exports that have been used and not forgotten. No count ever gets smaller.
+func (s *Server) Totals() map[string]ExportTotals {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	totals := make(map[string]ExportTotals)
+	for name, ended := range s.ended {
+		sum := *ended
+		sum.Commands = maps.Clone(ended.Commands)
+		totals[name] = sum
+	}
+	for p := range s.peers {
+		if p.phase == nil {
+			continue
+		}
+		info := p.phase.info()
+		sum := totals[info.Export]
+		sum.add(&info)
+		sum.Open++
+		sum.InFlight += info.InFlight
+		totals[info.Export] = sum
+	}
+	return totals
+}
+
+// ForgetTotals drops what was counted on the connections of an export that have ended. Who takes the export away calls
+// it, so that names that come and go do not take up memory.
+func (s *Server) ForgetTotals(name string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.ended, name)
+}
+
+// retireLocked keeps what a connection that has ended has counted.
+//
+// +checklocks:s.mu
+func (s *Server) retireLocked(c *conn) {
+	info := c.info()
+	sum := s.ended[info.Export]
+	if sum == nil {
+		sum = new(ExportTotals)
+		s.ended[info.Export] = sum
+	}
+	sum.add(&info)
 }
 
 // Connections are the connections in the transmission phase, oldest first. The counters of a connection that is busy

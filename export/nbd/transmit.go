@@ -18,6 +18,9 @@ func (c *conn) serve() error {
 			return errOutOfStep
 		}
 		c.head += requestSize
+		if c.foreground != nil {
+			c.foreground(c.queue)
+		}
 		if err := c.request(&q); err != nil {
 			return err
 		}
