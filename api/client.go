@@ -100,6 +100,16 @@ func (c *Client) MergeSnapshot(ctx context.Context, name string, running bool) (
 	return call[Device](ctx, c, http.MethodPut, path, MergeRequest{Running: running})
 }
 
+// Throttle asks what copies are limited to.
+func (c *Client) Throttle(ctx context.Context) (Throttle, error) {
+	return call[Throttle](ctx, c, http.MethodGet, "/throttle", nil)
+}
+
+// SetThrottle changes the limits of a class of copies, until the daemon stops.
+func (c *Client) SetThrottle(ctx context.Context, class string, r ThrottleRequest) (ThrottleClass, error) {
+	return call[ThrottleClass](ctx, c, http.MethodPut, "/throttle/"+url.PathEscape(class), r)
+}
+
 // EventsQuery selects events.
 type EventsQuery struct {
 	// Since is the number of an event: those after it are wanted. nil: those from now on, or with Follow false all

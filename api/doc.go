@@ -191,7 +191,7 @@ type Command struct {
 	Errors   uint64 `json:"errors"`
 }
 
-// Kcopyd are the counters of a snapshot's copy engine.
+// Kcopyd are the counters of a copy engine.
 type Kcopyd struct {
 	Engine          string `json:"engine"` // scaled or serialised
 	Jobs            uint64 `json:"jobs"`
@@ -203,6 +203,65 @@ type Kcopyd struct {
 	BufferWaits     uint64 `json:"buffer_waits"`
 	BuffersBytes    int64  `json:"buffers_bytes"`
 	BuffersMaxBytes int64  `json:"buffers_max_bytes"`
+
+	Methods   []KcopydMethod   `json:"methods,omitempty"`
+	Fallbacks []KcopydFallback `json:"fallbacks,omitempty"`
+	Routes    []KcopydRoute    `json:"routes,omitempty"`
+}
+
+// KcopydMethod tells what was copied by one method for one class of copies. An operation is a piece of a copy.
+type KcopydMethod struct {
+	Class      string `json:"class"`  // cow, hydration, merge, bulk
+	Method     string `json:"method"` // readwrite, zero, clone, device, server
+	Operations uint64 `json:"operations"`
+	Bytes      uint64 `json:"bytes"`
+	Errors     uint64 `json:"errors"`
+	// Of an operation. Of small ones some are measured and stand for the others.
+	MeanMicroseconds float64 `json:"mean_us"`
+	P50Microseconds  float64 `json:"p50_us"`
+	P99Microseconds  float64 `json:"p99_us"`
+}
+
+// KcopydFallback tells how many pieces were read and written that might have been offloaded, and why.
+type KcopydFallback struct {
+	Reason string `json:"reason"` // no-method, absent, no-progress, alignment, layer, flags
+	Count  uint64 `json:"count"`
+}
+
+// KcopydRoute tells of a method of offload between two devices.
+type KcopydRoute struct {
+	Source      string `json:"source"`
+	Destination string `json:"destination"`
+	Method      string `json:"method"`
+	// Absent is why it is not used any more; empty: it is.
+	Absent string `json:"absent,omitempty"`
+	// ThresholdBytes is the size from which on it is faster than reading and writing; 0: no size is.
+	ThresholdBytes int64 `json:"threshold_bytes"`
+	Waiting        int   `json:"waiting"` // pieces
+}
+
+// Throttle tells what copies are limited to.
+type Throttle struct {
+	Classes []ThrottleClass `json:"classes"`
+	// Yields counts pieces in the background that had to wait because clients were busy.
+	Yields uint64 `json:"yields"`
+}
+
+// ThrottleClass is the limits of one class of copies.
+type ThrottleClass struct {
+	Class        string `json:"class"`         // cow, hydration, merge, bulk
+	RateBytes    int64  `json:"rate_bytes"`    // a second; 0: no limit
+	BurstBytes   int64  `json:"burst_bytes"`   // that may be saved up; 0: those of 100 ms
+	SharePercent int    `json:"share_percent"` // of time in which something is copied; 0 or 100: no limit
+	Waiting      int    `json:"waiting"`       // pieces that wait for the limit
+	Waits        uint64 `json:"waits"`         // pieces that had to
+}
+
+// ThrottleRequest changes the limits of a class. What is nil stays as it is.
+type ThrottleRequest struct {
+	RateBytes    *int64 `json:"rate_bytes,omitempty"`
+	BurstBytes   *int64 `json:"burst_bytes,omitempty"`
+	SharePercent *int   `json:"share_percent,omitempty"`
 }
 
 // Version says who answers.

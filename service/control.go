@@ -107,6 +107,16 @@ func (c *control) handler(streaming context.Context) http.Handler {
 		return d.MergeSnapshot(r.Context(), r.PathValue("name"), body.Running)
 	})
 	c.handleMapped(handle, streaming)
+	handle("GET "+api.Prefix+"/throttle", func(http.ResponseWriter, *http.Request) (any, error) {
+		return d.Throttle(), nil
+	})
+	handle("PUT "+api.Prefix+"/throttle/{class}", func(w http.ResponseWriter, r *http.Request) (any, error) {
+		var body api.ThrottleRequest
+		if err := api.ReadJSON(w, r, &body); err != nil {
+			return nil, err
+		}
+		return d.SetThrottle(r.PathValue("class"), body)
+	})
 	mux.HandleFunc("GET "+api.Prefix+"/events", func(w http.ResponseWriter, r *http.Request) {
 		if err := c.serveEvents(w, r, streaming); err != nil {
 			c.fail(w, r, err)

@@ -16,6 +16,7 @@ import (
 	"cowherd/block"
 	"cowherd/dm"
 	"cowherd/export/nbd"
+	"cowherd/kcopyd"
 )
 
 // Kinds of copy engine.
@@ -48,6 +49,10 @@ type Config struct {
 	BusyGrace time.Duration
 	// Logger is told of events and failures; nil: nobody.
 	Logger *slog.Logger
+	// HTTP is the address, HOST:PORT, on which metrics are served; empty: nowhere.
+	HTTP string
+	// Throttle is what classes of copies are limited to at first, by the classes' names.
+	Throttle map[string]api.ThrottleRequest
 	// Version is what the control API tells.
 	Version string
 }
@@ -72,16 +77,18 @@ func (c Config) withDefaults() Config {
 // Daemon is devices with names, their snapshots, and who serves them. Make it with New, bring back by Restore what an
 // earlier one has left, let clients in by Serve and end it by Stop. All methods are safe for concurrent use.
 type Daemon struct {
-	config  Config
-	log     *slog.Logger
-	started time.Time
-	bus     *bus
-	names   registry
-	mapper  *dm.Mapper
-	logging sync.WaitGroup
-	tasks   sync.WaitGroup  // what is done without anybody waiting for it: ends of merges
-	ending  context.Context // ends when the daemon begins to stop
-	end     context.CancelFunc
+	config     Config
+	log        *slog.Logger
+	started    time.Time
+	bus        *bus
+	names      registry
+	mapper     *dm.Mapper
+	logging    sync.WaitGroup
+	tasks      sync.WaitGroup  // what is done without anybody waiting for it: ends of merges
+	ending     context.Context // ends when the daemon begins to stop
+	end        context.CancelFunc
+	throttle   *kcopyd.Throttle // of all engines
+	throttling sync.Mutex       // held while the throttle is changed
 
 	// What New opens.
 	state   *stateDir
@@ -90,13 +97,16 @@ type Daemon struct {
 	exports *exports
 	socket  *unixListener // the control socket; nil: there is none
 	control *control      // nil: there is none
+	web     net.Listener  // for metrics; nil: there is none
+	pages   *pages        // nil: they are not served
 }
 
 // New makes a daemon that has its state directory and its sockets, but does not serve them yet. EBUSY, EADDRINUSE:
 // another daemon has one of them.
 func New(c Config) (*Daemon, error) {
 	c = c.withDefaults()
-	d := &Daemon{config: c, log: c.Logger, started: time.Now().UTC(), bus: newBus(), nbd: c.Listeners}
+	d := &Daemon{config: c, log: c.Logger, started: time.Now().UTC(), bus: newBus(), nbd: c.Listeners,
+		throttle: kcopyd.NewThrottle()}
 	d.names.origins, d.names.held = map[string]*origin{}, map[fileID]string{}
 	d.names.mapped, d.names.minors = map[string]bool{}, map[string]uint32{}
 	d.mapper = dm.NewMapper(&mappedHost{daemon: d, leaves: map[fileID]*sharedLeaf{}}, targetTypes())
@@ -113,6 +123,16 @@ func New(c Config) (*Daemon, error) {
 func (d *Daemon) open() (err error) {
 	if e := d.config.Engine; e != EngineScaled && e != EngineSerialised {
 		return api.Errorf(syscall.EINVAL, "engine %q: %s or %s is wanted", e, EngineScaled, EngineSerialised)
+	}
+	for class, limits := range d.config.Throttle {
+		if _, err := d.SetThrottle(class, limits); err != nil {
+			return err
+		}
+	}
+	if d.config.HTTP != "" {
+		if d.web, err = net.Listen("tcp", d.config.HTTP); err != nil {
+			return fmt.Errorf("HTTP: %w", err)
+		}
 	}
 	if d.state, err = openStateDir(d.config.StateDir); err != nil {
 		return err
@@ -145,6 +165,9 @@ func (d *Daemon) release() error {
 	var err error
 	if d.socket != nil {
 		err = ignoreClosed(d.socket.Close())
+	}
+	if d.web != nil {
+		err = errors.Join(err, ignoreClosed(d.web.Close()))
 	}
 	for _, l := range d.nbd {
 		err = errors.Join(err, ignoreClosed(l.Close()))
@@ -189,6 +212,10 @@ func (d *Daemon) Serve() {
 	if d.control != nil {
 		d.control.serve(d.socket)
 	}
+	if d.web != nil {
+		d.pages = newPages(d)
+		d.pages.serve(d.web)
+	}
 }
 
 // Stop ends the daemon: nobody is let in any more, requests that have arrived are answered, clients are disconnected,
@@ -201,6 +228,9 @@ func (d *Daemon) Stop(ctx context.Context) error {
 	d.endStalls()
 	d.refuseSuspended()
 	err := d.stopServing(ctx)
+	if d.pages != nil {
+		err = errors.Join(err, d.pages.shutdown(ctx))
+	}
 	ended := make(chan error, 1)
 	go func() { ended <- d.releaseAll(ctx) }()
 	select {

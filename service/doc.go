@@ -63,6 +63,7 @@
 //	  origin.snapsMu    the origin's snapshots
 //	  entry.mu          state and users of a name
 //	    bus.mu          events
+//	Daemon.throttling   alone
 //
 // The mutexes are held for moments, never across I/O. NBD connections take them, but never the semaphore; a snapshot's
 // Invalidated callback takes bus.mu only. A merge that has finished is ended by a task of the daemon, which takes the

@@ -29,7 +29,8 @@ type exports struct {
 func newExports(d *Daemon) (x *exports, err error) {
 	x = &exports{daemon: d}
 	c := d.config
-	x.server, err = nbd.NewServer(nbd.Config{Exports: x, TLS: c.TLS, TLSMode: c.TLSMode, Logger: d.log})
+	x.server, err = nbd.NewServer(nbd.Config{Exports: x, TLS: c.TLS, TLSMode: c.TLSMode, Logger: d.log,
+		Foreground: d.throttle.Foreground})
 	return x, err
 }
 

@@ -215,6 +215,7 @@ func (o *origin) flush() error {
 func (d *Daemon) finishDetach(o *origin, err error) error {
 	err = errors.Join(err, o.backing.close())
 	o.set(gone)
+	d.exports.server.ForgetTotals(o.name)
 	o.bus.publish(api.Event{Type: api.EventDeviceDetached, Name: o.name, Cause: causeOf(err)})
 	d.names.remove(o) // last: who attaches another device of this name does so behind the event
 	return err

@@ -105,6 +105,7 @@ func (d *Daemon) endSnap(s *snap) {
 	s.origin.snapsMu.Lock()
 	delete(s.origin.snaps, s.name)
 	s.origin.snapsMu.Unlock()
+	d.exports.server.ForgetTotals(s.name)
 	d.names.unreserve()
 }
 

@@ -266,7 +266,7 @@ func cowLength(origin, limit int64, chunk cowstore.ChunkSize) (int64, error) {
 
 // newEngine makes a copy engine of the kind that the daemon was told to use.
 func (d *Daemon) newEngine() kcopyd.Engine {
-	c := kcopyd.Config{BufferCeiling: d.config.BufferCeiling}
+	c := kcopyd.Config{BufferCeiling: d.config.BufferCeiling, Throttle: d.throttle}
 	if d.config.Engine == EngineSerialised {
 		return kcopyd.NewSerialised(c)
 	}

@@ -134,7 +134,7 @@ func (d *Daemon) describeOrigin(o *origin) api.Device {
 func (d *Daemon) describeSnap(s *snap) api.Device {
 	x := d.describe(&s.entry)
 	x.Kind, x.State = api.KindSnapshot, api.StateValid
-	status, stats := s.target.Status(), s.engine.Stats()
+	status := s.target.Status()
 	m := s.merge.Load()
 	x.Target, x.TargetStatus, x.TargetTable = "snapshot", status.String(), s.tableLine()
 	switch {
@@ -166,18 +166,7 @@ func (d *Daemon) describeSnap(s *snap) api.Device {
 		DiscardZeroesCOW:      s.request.DiscardZeroesCOW,
 		DiscardPassdownOrigin: s.request.DiscardPassdownOrigin,
 		Merge:                 describeMerge(m),
-		Kcopyd: api.Kcopyd{
-			Engine:          d.config.Engine,
-			Jobs:            stats.Jobs,
-			ReadBytes:       stats.BytesRead,
-			WrittenBytes:    stats.BytesWritten,
-			Errors:          stats.Errors,
-			JobsInFlight:    stats.JobsInFlight,
-			JobsWaiting:     stats.JobsWaiting,
-			BufferWaits:     stats.BufferWaits,
-			BuffersBytes:    stats.BuffersInUse,
-			BuffersMaxBytes: stats.BufferCeiling,
-		},
+		Kcopyd:                d.describeEngine(s.engine),
 	}
 	return x
 }

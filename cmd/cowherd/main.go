@@ -35,6 +35,7 @@ type cli struct {
 	Rm            rmCmd            `cmd:"" help:"Drop a snapshot."`
 	Resize        resizeCmd        `cmd:"" help:"Give a snapshot more room for copied chunks."`
 	Merge         mergeCmd         `cmd:"" help:"Roll a live device back to a snapshot."`
+	Throttle      throttleCmd      `cmd:"" help:"Show and limit how fast copies are made."`
 	Ls            lsCmd            `cmd:"" help:"List devices and snapshots."`
 	Status        statusCmd        `cmd:"" help:"Show all that is known of devices and snapshots."`
 	Events        eventsCmd        `cmd:"" help:"Show what happens in the daemon."`

@@ -130,6 +130,10 @@ func TestUsage(t *testing.T) {
 		{"snapshot vm@a --on-full throttle --stall-max=-5s", "negative"},
 		{"resize vm@a", "<size>"},
 		{"resize vm@a 1kB", "two meanings"},
+		{"throttle --rate 1M", "--class is missing"},
+		{"throttle --class merge --off --rate 1M", "contradicts"},
+		{"throttle --class merge --share 101%", "not a share"},
+		{"throttle --class disks", "--class"},
 		{"merge vm@a --wait --stop", "contradict"},
 		{"status --dm --json", "contradict"},
 		{"events --since x", "--since"},
@@ -161,7 +165,7 @@ func TestHelp(t *testing.T) {
 	r := cowherd(t, "--help")
 	r.want(t, exitOK, "Usage: cowherd <command>", "")
 	for _, command := range []string{
-		"serve", "attach", "detach", "snapshot", "rm", "resize", "merge", "ls", "status", "events", "cow", "copy", "version",
+		"serve", "attach", "detach", "snapshot", "rm", "resize", "merge", "throttle", "ls", "status", "events", "cow", "copy", "version",
 		"completion",
 	} {
 		if !strings.Contains(r.stdout, "\n  "+command+" ") {
@@ -181,6 +185,7 @@ func TestNoDaemon(t *testing.T) {
 	for _, args := range []string{
 		"ls", "status", "status vm", "attach vm mem:1M", "detach vm", "snapshot vm@a", "rm vm@a", "events", "ls --json",
 		"resize vm@a 1M", "merge vm@a", "merge vm@a --wait", "status --dm",
+		"throttle", "throttle --class cow --rate 1M", "throttle --off",
 	} {
 		cowherd(t, strings.Fields(args)...).want(t, exitError, "", `none.sock (is "cowherd serve" running?)`)
 	}
@@ -269,6 +274,13 @@ func TestPersistent(t *testing.T) {
 	}
 	cowherd(t, "resize", "vm@b", "128k").want(t, exitOK, "vm@b: resized, 8 KiB of 128 KiB (6.2%)\n", "")
 	cowherd(t, "resize", "vm@b", "64k").want(t, exitError, "", "cannot shrink")
+	cowherd(t, "throttle", "--class", "merge", "--rate", "1G", "--share", "90%").want(t, exitOK,
+		"merge  1 GiB/s  100 ms    90%", "")
+	cowherd(t, "throttle", "--class=merge", "--burst=8M").want(t, exitOK, "merge  1 GiB/s  8 MiB    90%", "")
+	cowherd(t, "throttle", "--json").want(t, exitOK, `"rate_bytes": 1073741824`, "")
+	if r := cowherd(t, "throttle", "--off"); r.status != exitOK || strings.Contains(r.stdout, "GiB") {
+		t.Errorf("after --off: %+v", r)
+	}
 	cowherd(t, "merge", "vm@a", "--stop").want(t, exitError, "", `merge "vm@a": it is not being merged`)
 	cowherd(t, "merge", "vm@a", "--wait").want(t, exitOK, "vm@a: merged\n", "")
 	cowherd(t, "merge", "vm@b", "--json", "--wait").want(t, exitOK, `"result": "merged"`, "")

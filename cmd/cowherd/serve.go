@@ -30,6 +30,8 @@ type serveCmd struct {
 	TLS             string `name:"tls" enum:",off,allow,require" default:"" placeholder:"MODE" help:"TLS for NBD: off, allow or require. With certificates require, else off."`
 	TLSVerifyPeer   bool   `name:"tls-verify-peer" help:"Clients must have a certificate."`
 
+	HTTP string `name:"http" placeholder:"HOST:PORT" help:"Serve metrics for Prometheus over HTTP on this address, 127.0.0.1:9479 say. Off by default."`
+
 	Engine    string `enum:",scaled,serialised" default:"" placeholder:"KIND" help:"Copy engine: scaled (the default) or serialised."`
 	LogFormat string `enum:",text,json" default:"" placeholder:"FORMAT" help:"Log as text (the default) or json, on standard error."`
 	LogLevel  string `enum:",debug,info,warn,error" default:"" placeholder:"LEVEL" help:"Log from this level: debug, info (the default), warn or error."`
@@ -97,6 +99,7 @@ func (c *serveCmd) settings(control string) (settings, error) {
 	set := settings{
 		Control: control, State: c.State, NBD: c.NBD, TLS: c.TLS, TLSCertificates: c.TLSCertificates,
 		TLSVerifyPeer: c.TLSVerifyPeer, Engine: c.Engine, LogFormat: c.LogFormat, LogLevel: c.LogLevel,
+		HTTP: c.HTTP,
 	}
 	dir, err := os.Getwd()
 	if err != nil {
@@ -149,6 +152,8 @@ func start(set *settings, log *slog.Logger) (*service.Daemon, error) {
 		Engine:   set.Engine,
 		Logger:   log,
 		Version:  version,
+		HTTP:     set.HTTP,
+		Throttle: throttles(set.Throttle),
 	}
 	var err error
 	if c.TLSMode, err = tlsMode(set); err != nil {
@@ -166,6 +171,9 @@ func start(set *settings, log *slog.Logger) (*service.Daemon, error) {
 		c.NBD = []string{"unix:" + filepath.Join(filepath.Dir(set.Control), "nbd.sock")}
 	}
 	warnOpen(c.NBD, c.TLSMode, log)
+	if set.HTTP != "" && !isLoopback(set.HTTP) {
+		log.Warn("whoever reaches this address may read the metrics", "address", set.HTTP)
+	}
 	return service.New(c)
 }
 
@@ -204,11 +212,28 @@ func warnOpen(addresses []string, mode nbd.TLSMode, log *slog.Logger) {
 		if len(address) < 4 || address[:4] != "tcp:" {
 			continue
 		}
-		host, _, err := net.SplitHostPort(address[4:])
-		if ip := net.ParseIP(host); err == nil && host != "localhost" && (ip == nil || !ip.IsLoopback()) {
+		if !isLoopback(address[4:]) {
 			log.Warn("whoever reaches this address may read and write all devices", "address", address)
 		}
 	}
+}
+
+// isLoopback tells whether HOST:PORT is for this machine only. What is no address at all counts as well: it is refused
+// elsewhere.
+func isLoopback(address string) bool {
+	host, _, err := net.SplitHostPort(address)
+	ip := net.ParseIP(host)
+	return err != nil || host == "localhost" || ip != nil && ip.IsLoopback()
+}
+
+// throttles is what copies are limited to at the start.
+func throttles(set map[string]throttleSetting) map[string]api.ThrottleRequest {
+	requests := make(map[string]api.ThrottleRequest, len(set))
+	for class, x := range set {
+		rate, burst, share := int64(x.Rate), int64(x.Burst), int(x.Share)
+		requests[class] = api.ThrottleRequest{RateBytes: &rate, BurstBytes: &burst, SharePercent: &share}
+	}
+	return requests
 }
 
 // stopDaemon ends the daemon cleanly; another signal ends the process at once.

@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"github.com/pelletier/go-toml/v2"
+
+	"cowherd/internal/size"
 )
 
 // settings is what "cowherd serve" can be told, by flags or by a configuration file.
@@ -22,8 +24,18 @@ type settings struct {
 	Engine          string   `toml:"engine"`
 	LogFormat       string   `toml:"log_format"`
 	LogLevel        string   `toml:"log_level"`
+	HTTP            string   `toml:"http"`
+
+	Throttle map[string]throttleSetting `toml:"throttle"` // by class of copies
 
 	Devices []deviceSetting `toml:"device"`
+}
+
+// throttleSetting is what one class of copies is limited to at the start.
+type throttleSetting struct {
+	Rate  size.Size `toml:"rate"`
+	Burst size.Size `toml:"burst"`
+	Share percent   `toml:"share"`
 }
 
 // deviceSetting is a device that is attached at the start.
@@ -108,7 +120,7 @@ func (s settings) over(below settings) settings {
 	for _, x := range []struct{ mine, theirs *string }{
 		{&s.Control, &below.Control}, {&s.State, &below.State}, {&s.TLS, &below.TLS},
 		{&s.TLSCertificates, &below.TLSCertificates}, {&s.Engine, &below.Engine},
-		{&s.LogFormat, &below.LogFormat}, {&s.LogLevel, &below.LogLevel},
+		{&s.LogFormat, &below.LogFormat}, {&s.LogLevel, &below.LogLevel}, {&s.HTTP, &below.HTTP},
 	} {
 		if *x.mine == "" {
 			*x.mine = *x.theirs
@@ -118,6 +130,9 @@ func (s settings) over(below settings) settings {
 		s.NBD = below.NBD
 	}
 	s.TLSVerifyPeer = s.TLSVerifyPeer || below.TLSVerifyPeer
+	if s.Throttle == nil {
+		s.Throttle = below.Throttle
+	}
 	s.Devices = append(s.Devices, below.Devices...)
 	return s
 }

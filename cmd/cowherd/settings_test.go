@@ -26,6 +26,15 @@ tls_verify_peer = true
 engine = "serialised"
 log_format = "json"
 log_level = "debug"
+http = "127.0.0.1:9479"
+
+[throttle.hydration]
+rate = "100M"
+burst = "1MiB"
+share = "50%"
+
+[throttle.merge]
+share = "25"
 
 [[device]]
 name = "vm"
@@ -48,7 +57,10 @@ read_only = true
 		Control: dir + "/run/control.sock", State: "/var/state",
 		NBD: []string{"unix:" + dir + "/run/nbd.sock", "tcp:127.0.0.1:10809", "unix:/run/x"},
 		TLS: "allow", TLSCertificates: dir + "/pki", TLSVerifyPeer: true, Engine: "serialised",
-		LogFormat: "json", LogLevel: "debug",
+		LogFormat: "json", LogLevel: "debug", HTTP: "127.0.0.1:9479",
+		Throttle: map[string]throttleSetting{
+			"hydration": {Rate: 100 << 20, Burst: 1 << 20, Share: 50}, "merge": {Share: 25},
+		},
 		Devices: []deviceSetting{
 			{Name: "vm", Path: dir + "/vm.img", Direct: true}, {Name: "scratch", Path: "mem:1GiB", ReadOnly: true},
 		},
@@ -59,6 +71,7 @@ read_only = true
 	flags := settings{State: "/other", NBD: []string{"unix:/y"}, Engine: "scaled"}
 	merged := flags.over(got)
 	if merged.State != "/other" || len(merged.NBD) != 1 || merged.Engine != "scaled" || merged.LogLevel != "debug" ||
+		merged.HTTP == "" || len(merged.Throttle) != 2 ||
 		!merged.TLSVerifyPeer || len(merged.Devices) != 2 {
 		t.Errorf("merged %+v", merged)
 	}
@@ -74,6 +87,8 @@ func TestSettingsErrors(t *testing.T) {
 		{"nbd = \"unix:/x\"\n", "cowherd.toml:1"},
 		{"state = \n", "cowherd.toml:1"},
 		{"state = \"a\"\nstate = \"b\"\n", "cowherd.toml:2"},
+		{"[throttle.merge]\nrate = \"fast\"\n", "cowherd.toml:2"},
+		{"[throttle.merge]\nspeed = \"1M\"\n", `cowherd.toml:2: unknown key "throttle.merge.speed"`},
 		{"[[device]]\nname = \"a\"\n", "device number 1: name and path are needed"},
 	} {
 		if err := os.WriteFile(path, []byte(test.text), 0o600); err != nil {

@@ -199,6 +199,11 @@ func putSnapshot(t *sheet, x *api.Snapshot) {
 	k := &x.Kcopyd
 	t.putf("kcopyd", "%s: %d jobs, %d errors, %d in flight, %d waiting", k.Engine, k.Jobs, k.Errors, k.JobsInFlight,
 		k.JobsWaiting)
+	for i := range k.Methods {
+		m := &k.Methods[i]
+		t.putf("copied for "+m.Class, "%s by %s in %d pieces, %d errors; half took less than %.0f us, 99%% less than %.0f us",
+			size.Human(int64(m.Bytes)), m.Method, m.Operations, m.Errors, m.P50Microseconds, m.P99Microseconds)
+	}
 	t.putf("kcopyd bytes", "%s read, %s written, buffers %s", size.Human(int64(k.ReadBytes)),
 		size.Human(int64(k.WrittenBytes)), share(k.BuffersBytes, k.BuffersMaxBytes))
 }
