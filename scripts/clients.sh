@@ -30,6 +30,7 @@ interop)
 		busybox:busybox-static dmsetup:dmsetup
 		depmod:kmod modprobe:kmod
 		xz:xz-utils zstd:zstd
+		gcc:gcc make:make strip:binutils
 	)
 	;;
 *)

@@ -125,7 +125,7 @@ func boot(scratch, lab, script string, images, hardware []string) (*guest, error
 			"-device", fmt.Sprintf("virtserialport,chardev=%s,nr=%d", name, i+1))
 	}
 	for i, image := range images {
-		drive := fmt.Sprintf("file=%s,if=none,id=disk%d,format=raw,cache=unsafe", image, i)
+		drive := fmt.Sprintf("file=%s,if=none,id=disk%d,format=raw,cache=unsafe,discard=unmap", image, i)
 		args = append(args, "-drive", drive, "-device", fmt.Sprintf("virtio-blk-pci,drive=disk%d", i))
 	}
 	qemu, qemuErr := exec.CommandContext(ctx, "qemu-system-x86_64", args...).CombinedOutput()

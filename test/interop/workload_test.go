@@ -23,14 +23,17 @@ type workload struct {
 	Seed     uint64
 	Count    int // of writes
 	Min, Max int // sectors of a write
+	Align    int // sectors of which the first one is a multiple; 0: any
 }
 
 // String is the workload as arguments of the guest's helper.
-func (w workload) String() string { return fmt.Sprintf("%d %d %d %d", w.Seed, w.Count, w.Min, w.Max) }
+func (w workload) String() string {
+	return fmt.Sprintf("%d %d %d %d %d", w.Seed, w.Count, w.Min, w.Max, w.Align)
+}
 
 // parseWorkload is the inverse of String.
 func parseWorkload(args []string) (w workload, err error) {
-	_, err = fmt.Sscan(strings.Join(args, " "), &w.Seed, &w.Count, &w.Min, &w.Max)
+	_, err = fmt.Sscan(strings.Join(args, " "), &w.Seed, &w.Count, &w.Min, &w.Max, &w.Align)
 	return w, err
 }
 
@@ -42,6 +45,7 @@ func (w workload) each(size int64, write func(p []byte, offset int64) error) err
 	for i := range w.Count {
 		sectors := min(w.Min+random.IntN(w.Max-w.Min+1), int(size/block.SectorSize))
 		first := random.Int64N(size/block.SectorSize - int64(sectors) + 1)
+		first -= first % int64(max(1, w.Align))
 		p := buffer[:sectors*block.SectorSize]
 		for at := 0; at < len(p); at += block.SectorSize {
 			fillSector(p[at:at+block.SectorSize], random.Uint64())
@@ -87,10 +91,10 @@ const guestProgram = "io"
 
 // guestMain is the helper:
 //
-//	io write DEVICE SEED COUNT MIN MAX    does a workload, past the page cache, and flushes
-//	io fill DEVICE SEED COUNT MIN MAX     the same up to the first write that fails, whose error it prints
-//	io sum DEVICE                         prints the checksum, or why the device cannot be read
-//	io offload NAME ...                   copies by offload and reports under a name: see guestOffload
+//	io write DEVICE SEED COUNT MIN MAX ALIGN    does a workload, past the page cache, and flushes
+//	io fill DEVICE SEED COUNT MIN MAX ALIGN     the same up to the first write that fails, whose error it prints
+//	io sum DEVICE                               prints the checksum, or why the device cannot be read
+//	io offload NAME ...                         copies by offload and reports under a name: see guestOffload
 func guestMain(args []string) (status int) {
 	if len(args) < 2 {
 		fmt.Fprintln(os.Stderr, "io: write|fill|sum DEVICE ..., or io: offload NAME ...")

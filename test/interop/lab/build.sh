@@ -4,10 +4,14 @@
 #
 # The kernel comes from Debian's package, which is unpacked and not installed: the newest of those without hardware
 # drivers that apt offers, or that which KERNEL names (6.12.5-cloud-amd64). The file system is an initramfs of busybox,
-# dmsetup, the modules below and init. The lab is kept in $XDG_CACHE_HOME/cowherd/lab, or in bin/lab without that
-# variable, and made anew when this script, init, or KERNEL changes.
+# dmsetup, the modules below and init. Modules that Debian's kernels do not have are compiled from Debian's source of the
+# same version, beside its packages of headers, which are unpacked and not installed either: 170 MiB are downloaded for
+# that, and a few hundred KiB kept. The lab is kept in $XDG_CACHE_HOME/cowherd/lab, or in bin/lab without that variable,
+# and made anew when this script, init, or KERNEL changes.
 #
-# Fails, and says why, where it cannot be made; programs that it needs are installed by scripts/clients.sh.
+# Fails, and says why, where it cannot be made; programs that it needs are installed by scripts/clients.sh. Where only
+# the compiled modules cannot be made, the lab is without them, its file "without" says why, and the next run tries
+# again.
 set -Eeuo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PATH=$PATH:/usr/sbin:/sbin
@@ -15,6 +19,8 @@ PATH=$PATH:/usr/sbin:/sbin
 # What the guest has: modules with all that they need, and programs with their libraries.
 modules=(virtio_blk nvme dm-snapshot dm-delay dm-flakey dm-log-writes dm-zero)
 programs=(dmsetup)
+# Modules that are compiled, each of the objects NAME-*.o of drivers/md.
+compiled=(dm-clone)
 
 fail() {
 	echo "lab: $*" >&2
@@ -26,13 +32,63 @@ newest() {
 	apt-cache pkgnames linux-image- | sed -n 's/^linux-image-\([0-9].*-cloud-amd64\)$/\1/p' | sort -V | tail -n 1
 }
 
+# unpack downloads the package $1 (NAME or NAME=VERSION) and unpacks it to the directory $2.
+unpack() {
+	local debs
+	debs=$(mktemp -d -p "$scratch")
+	(cd "$debs" && apt-get -qq -o APT::Sandbox::User=root download "$1" >&2) ||
+		fail "the package $1 cannot be downloaded"
+	dpkg -x "$debs"/*.deb "$2"
+	rm -r "$debs"
+}
+
 # fetch unpacks the package of kernel $1 to the directory $2.
 fetch() {
 	echo "lab: downloading Linux $1" >&2
-	(cd "$scratch" && apt-get -qq -o APT::Sandbox::User=root download "linux-image-$1" >&2) ||
-		fail "the package linux-image-$1 cannot be downloaded"
-	dpkg -x "$scratch"/*.deb "$2"
+	unpack "linux-image-$1" "$2"
 	depmod -b "$2" "$1"
+}
+
+# field prints field $2 of the package $1 as apt knows it.
+field() { apt-cache show --no-all-versions "$1" | sed -n "s/^$2: //p"; }
+
+# compile adds the compiled modules to kernel $2, which is unpacked in $1. Of the packages it needs the version that the
+# kernel has, or the module would not load.
+compile() {
+	local version headers source name work=$scratch/compile
+	for name in make gcc strip; do
+		command -v "$name" >/dev/null || fail "$name is missing"
+	done
+	version=$(field "linux-image-$2" Version)
+	source=linux-source-$(cut -d . -f 1,2 <<<"$version")
+	headers=$(field "linux-headers-$2" Depends | grep -oE 'linux-(headers-[^ ,]*-common|kbuild-[^ ,]*)') ||
+		fail "apt knows of no linux-headers-$2"
+	for name in "linux-headers-$2" $headers; do unpack "$name" "$work"; done
+	unpack "$source=$version" "$work"
+	mkdir "$work/md"
+	tar -xf "$work/usr/src/$source.tar.xz" -C "$work/md" --strip-components=3 --wildcards \
+		"${compiled[@]/#/*/drivers/md/}"'-*' '*/drivers/md/dm*.h' '*/drivers/md/persistent-data/*.h'
+	for name in "${compiled[@]}"; do
+		echo "obj-m += $name.o"
+		(cd "$work/md" && echo "$name-y :=" "$name"-*.c) | sed 's/\.c\b/.o/g'
+	done >"$work/md/Kbuild"
+	# The packages expect each other in /usr/src.
+	headers=$work/usr/src/linux-headers-$2
+	sed -i "s,^include /,include $work/," "$headers/Makefile"
+	make -s -C "$headers" M="$work/md" CC="${CC:-gcc}" CONFIG_DEBUG_INFO_BTF_MODULES= modules
+	mkdir -p "$1/lib/modules/$2/updates"
+	for name in "${compiled[@]}"; do
+		strip --strip-debug -o "$1/lib/modules/$2/updates/$name.ko" "$work/md/$name.ko"
+	done
+	depmod -b "$1" "$2"
+}
+
+# has_compiled tells whether the compiled modules have been added to kernel $2, unpacked in $1.
+has_compiled() {
+	local name
+	for name in "${compiled[@]}"; do
+		[ -e "$1/lib/modules/$2/updates/$name.ko" ] || return
+	done
 }
 
 # number prints the little-endian number of $3 bytes at offset $2 of a file.
@@ -109,8 +165,8 @@ flock 9
 trap 'echo "lab: failed in line $LINENO" >&2' ERR
 
 recipe=$(cat "${BASH_SOURCE[0]}" "$here/init" - <<<"${KERNEL-}" | sha256sum)
-if [ "$(cat "$lab/recipe" 2>/dev/null)" != "$recipe" ]; then
-	rm -f "$lab/recipe"
+if [ "$(cat "$lab/recipe" 2>/dev/null)" != "$recipe" ] || [ -e "$lab/without" ]; then
+	rm -f "$lab/recipe" "$lab/without"
 	scratch=$(mktemp -d)
 	trap 'rm -rf "$scratch"' EXIT
 	kernel=${KERNEL:-$(newest)}
@@ -120,6 +176,12 @@ if [ "$(cat "$lab/recipe" 2>/dev/null)" != "$recipe" ]; then
 		fetch "$kernel" "$lab/new"
 		mv "$lab/new" "$lab/$kernel"
 	fi
+	if ! has_compiled "$lab/$kernel" "$kernel"; then
+		# As a job, because in a condition a function goes on after an error.
+		compile "$lab/$kernel" "$kernel" >"$scratch/log" 2>&1 &
+		wait $! || tail -n 10 "$scratch/log" >"$lab/without"
+	fi
+	[ -e "$lab/without" ] || modules+=("${compiled[@]}")
 	uncompress "$lab/$kernel/boot/vmlinuz-$kernel" >"$lab/kernel"
 	make_root "$lab/$kernel" "$kernel" >"$lab/root.cpio"
 	echo "$recipe" >"$lab/recipe"
