@@ -2,10 +2,11 @@
 # /dev/vdc the metadata device.
 clone=/dev/mapper/clone
 
-# activate_clone REGION: makes the clone live, with regions of that size (sectors) and hydration off.
+# activate_clone REGION THRESHOLD BATCH: makes the clone live, with regions of that size (sectors) and hydration off.
 activate_clone() {
 	dmsetup create slow --table "0 $size delay /dev/vda 0 0"
-	dmsetup create clone --table "0 $size clone /dev/vdc /dev/vdb /dev/mapper/slow $1 1 no_hydration"
+	dmsetup create clone --table "0 $size clone /dev/vdc /dev/vdb /dev/mapper/slow $1 \
+		1 no_hydration 4 hydration_threshold $2 hydration_batch_size $3"
 }
 
 deactivate_clone() { dmsetup remove clone slow; }
