@@ -27,7 +27,7 @@ func methodOf(m block.CopyMethod) method { return method(m-block.CopyClone) + me
 const (
 	// timedAlways is the size in bytes from which every piece is timed. Of smaller ones, each of which takes little more
 	// than reading the clock does, one in timedShare is, and counts for so many.
-	timedAlways = 64 << 10
+	timedAlways = 128 << 10
 	timedShift  = 6
 	timedShare  = 1 << timedShift
 )

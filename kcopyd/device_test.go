@@ -189,13 +189,7 @@ func closeClean(t *testing.T, e Engine) {
 	if s := e.Stats(); s.BuffersInUse != 0 || s.JobsInFlight != 0 || s.JobsWaiting != 0 {
 		t.Errorf("the closed engine has not given all back: %+v", s)
 	}
-	var p *pool
-	switch e := e.(type) {
-	case *Scaled:
-		p = &e.pool
-	case *Serialised:
-		p = &e.pool
-	}
+	p := poolOf(e)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	sum := p.room
@@ -205,6 +199,17 @@ func closeClean(t *testing.T, e Engine) {
 	if p.room < 0 || sum != p.ceiling {
 		t.Errorf("room for %d bytes, with the free buffers %d, below a ceiling of %d", p.room, sum, p.ceiling)
 	}
+}
+
+// poolOf is the pool of an engine.
+func poolOf(e Engine) *pool {
+	switch e := e.(type) {
+	case *Scaled:
+		return &e.pool
+	case *Serialised:
+		return &e.pool
+	}
+	return nil
 }
 
 // checkGoroutines checks that no more goroutines run than before. Those that have ended in effect may take a moment

@@ -17,6 +17,8 @@ type jobState struct {
 	shard *shard // whose buffers and counters the job uses
 	step  int64  // bytes of a piece, but for the last
 	op    block.Op
+	// lender is the source if it lends its bytes: then no buffer is needed, and nothing is read.
+	lender block.Lender
 	// climbing: its pieces are planned one by one, since they may be offloaded.
 	climbing bool
 	course   course // of a job that climbs; guarded by mu
@@ -79,6 +81,9 @@ func (c *core) begin(j *Job, sh *shard) subJobs {
 		return st.nothing(j)
 	}
 	st.step, st.op = SubJobSize, block.OpWrite
+	if j.Length <= st.step || !j.sequential() {
+		st.lender, _ = j.From.Device.(block.Lender)
+	}
 	climbs, err := c.climbs(j)
 	if err != nil {
 		j.WriteErr, j.WriteBad = err, j.everyDestination()
@@ -173,9 +178,12 @@ func (c *core) finish(j *Job) {
 		}
 		c.splits.Put(sp)
 	} else {
+		if st.whole.rest > 0 { // an error came before
+			j.WriteBad |= j.everyDestination()
+		}
 		st.whole.stop(c)
 	}
-	st.core, st.shard = nil, nil
+	st.core, st.shard, st.lender = nil, nil, nil
 	j.Done(j)
 	sh.finished.Add(1)
 	if c.closing.Load() {

@@ -1,7 +1,9 @@
 package kcopyd
 
 import (
+	"fmt"
 	"sync/atomic"
+	"syscall"
 
 	"cowherd/block"
 )
@@ -41,6 +43,7 @@ type subJob struct {
 	began          int64  // when it was begun, in ns of the engine's clock; valid if timed
 
 	buf     *buffer
+	lent    []byte // the piece, where the source lends it
 	barrier barrier
 	req     block.Request // the read, then the write to destination 0
 	fan     *fan          // the other writes; nil until there are some
@@ -63,7 +66,7 @@ func (s *subJob) start(j *Job) {
 
 // stop lets go of all that s refers to.
 func (s *subJob) stop(c *core) {
-	s.job, s.req.Data = nil, nil
+	s.job, s.req.Data, s.lent = nil, nil, nil
 	if f := s.fan; f != nil {
 		s.fan = nil
 		for i := range f.reqs {
@@ -85,10 +88,10 @@ func (s *subJob) isWhole() bool { return s == &s.job.state.whole }
 // wantsBuffer tells whether s needs a buffer for what it does next.
 func (s *subJob) wantsBuffer() bool {
 	j := s.job
-	if j.From.Device == nil {
+	if j.From.Device == nil || j.state.lender != nil {
 		return false
 	}
-	if s.isWhole() || j.state.climbing {
+	if s.isWhole() || j.state.climbing || s.rest > 0 {
 		return true
 	}
 	st := &j.state
@@ -120,43 +123,71 @@ func (j *Job) moreLocked() bool {
 }
 
 // take gives s the next piece of its job; false when there is none. A sub-job that is whole, or has planned, has its
-// piece.
+// piece at first. What is too long to be copied at a time is left for the next.
 func (s *subJob) take() bool {
+	switch {
+	case s.job.state.climbing:
+	case s.rest > 0:
+		if !s.takeRest() {
+			return false
+		}
+	case !s.isWhole() && !s.takeNext():
+		return false
+	}
+	// In sequence no piece may be left for later: those behind it would hold the buffers, and their places in the
+	// throttle, that it needs for its turn.
+	if s.gentle && s.job.state.op == block.OpWrite && (s.isWhole() || !s.job.sequential()) {
+		s.shorten(gentlePiece)
+	}
+	if l := s.job.state.lender; l != nil {
+		if s.lent = l.Lend(s.job.From.Offset+s.offset, s.length); s.lent != nil {
+			s.shorten(int64(len(s.lent)))
+		}
+	}
+	return true
+}
+
+// takeNext takes the next piece of the job.
+func (s *subJob) takeNext() bool {
+	s.unread, s.cut, s.bad, s.length = false, false, 0, 0
 	j := s.job
 	st := &j.state
-	if st.climbing {
-		return true
-	}
-	most := st.step
-	if s.gentle && st.op == block.OpWrite {
-		most = min(most, gentlePiece)
-	}
-	if s.isWhole() {
-		s.takePart(most)
-		return true
-	}
-	s.unread, s.cut, s.bad, s.length = false, false, 0, 0
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if !j.moreLocked() {
 		return false
 	}
 	s.offset = st.taken
-	s.length = min(most, j.Length-st.taken)
+	s.length = min(st.step, j.Length-st.taken)
 	st.taken += s.length
 	return true
 }
 
-// takePart is take for a sub-job that is whole: its piece is all of the job that is left, or most bytes of it.
-func (s *subJob) takePart(most int64) {
-	if s.rest > 0 { // it has had a piece before
-		s.unread, s.cut, s.bad = false, false, 0
-		s.offset += s.length
-		s.length, s.rest = s.rest, 0
+// takeRest goes on with what an earlier, shorter piece has left; false when an error has ended the job.
+func (s *subJob) takeRest() bool {
+	s.offset += s.length
+	s.length, s.rest = s.rest, 0
+	s.unread, s.cut, s.bad = false, false, 0
+	if s.isWhole() {
+		return true // goesOn has looked
 	}
-	if s.length > most {
-		s.rest = s.length - most
-		s.length = most
+	j := s.job
+	st := &j.state
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if j.stoppedLocked() {
+		j.WriteBad |= j.everyDestination()
+		s.length = 0
+		return false
+	}
+	return true
+}
+
+// shorten makes the piece n bytes long if it is longer, and leaves the others for the next.
+func (s *subJob) shorten(n int64) {
+	if s.length > n {
+		s.rest += s.length - n
+		s.length = n
 	}
 }
 
@@ -184,6 +215,14 @@ func (s *subJob) issue() bool {
 
 // read submits the read of the piece. It is true when it has completed and s is the caller's still.
 func (s *subJob) read() bool {
+	if s.job.state.lender != nil {
+		if s.lent == nil {
+			s.unread = true
+			s.job.failRead(fmt.Errorf("%d bytes at offset %d: beyond the end of the device: %w", s.length,
+				s.job.From.Offset+s.offset, syscall.EIO))
+		}
+		return true
+	}
 	s.barrier.open(1)
 	s.submit(&s.req, block.OpRead, &s.job.From, s.buf.bytes(s.length))
 	return s.barrier.leave()
@@ -195,6 +234,8 @@ func (s *subJob) write() bool {
 	st := &j.state
 	var data []byte
 	switch {
+	case st.lender != nil:
+		data = s.lent
 	case j.From.Device != nil:
 		data = s.buf.bytes(s.length)
 	case st.op == block.OpWrite:

@@ -45,7 +45,7 @@ type Limit struct {
 //
 // Whoever serves requests in the foreground says so by Foreground, which is one addition to a counter of his queue. While
 // these counters move, of all background pieces (classes other than CopyOnWrite) half as many are in flight as there are
-// CPUs, at least one; they are small; and after each the goroutine yields. The others wait, without a buffer, for one
+// CPUs, at least one; they are small (but for those of large jobs in sequence); and after each the goroutine yields. The others wait, without a buffer, for one
 // that ends. So there is always a CPU that looks for requests, and what is asked of a device finds its queue short.
 //
 // Where nothing is limited and the foreground is silent, an engine loads one word that nobody writes.

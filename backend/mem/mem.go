@@ -36,6 +36,7 @@ type Device struct {
 var (
 	_ block.Device       = (*Device)(nil)
 	_ block.ExtentLister = (*Device)(nil)
+	_ block.Lender       = (*Device)(nil)
 )
 
 // New makes a device. It fails with EINVAL when the size or the limit is negative or the size is not a multiple of 512.
@@ -90,6 +91,14 @@ func (d *Device) do(r *block.Request) error {
 		d.store.Discard(r.Offset, r.Length)
 	}
 	return nil
+}
+
+// Lend shows bytes where they lie, up to the next multiple of 64 KiB. See block.Lender.
+func (d *Device) Lend(offset, length int64) []byte {
+	if offset < 0 || length <= 0 || offset > d.Size()-length {
+		return nil
+	}
+	return d.store.Lend(offset, length)
 }
 
 // Extents tells which ranges have memory, in steps of 64 KiB; the others are holes and read as zeroes.

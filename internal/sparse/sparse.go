@@ -111,6 +111,21 @@ func (s *Store) Read(p []byte, offset int64) {
 	}
 }
 
+// zeroPage is what is lent where there is no page. Nobody writes to it.
+var zeroPage page
+
+// Lend returns the bytes from offset on as they lie in memory, as many of length, at least 1, as are in one page. They are
+// not to be written to. A page that is dropped meanwhile stays what it was for who refers to it (invariant 2).
+func (s *Store) Lend(offset, length int64) []byte {
+	p := s.page(offset >> pageShift)
+	if p == nil {
+		p = &zeroPage
+	}
+	start := offset & pageMask
+	end := start + min(length, PageSize-start)
+	return p[start:end:end]
+}
+
 // Write puts p at offset. It fails with ErrNoSpace at the limit; a part may have been written then.
 func (s *Store) Write(p []byte, offset int64) error {
 	for len(p) > 0 {
