@@ -225,7 +225,7 @@ func (t *transfer) chooseQueues() {
 const (
 	// queuesMax is the most queues that are used without being asked for: writers of one file wait for each other.
 	queuesMax      = 16
-	inFlightLocal  = 1
+	inFlightLocal  = 2
 	inFlightRemote = 4
 )
 

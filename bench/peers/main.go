@@ -114,6 +114,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 
+	if len(args) > 0 && args[0] == "copy" {
+		return runCopies(ctx, args[1:], stdout, stderr)
+	}
 	o, err := parseOptions(args, stderr)
 	if err != nil {
 		return err
