@@ -41,7 +41,7 @@ func TestLadder(t *testing.T) {
 
 const (
 	ladderUnit = 192 << 10
-	ladderSize = 64 * ladderUnit
+	ladderSize = 160 * ladderUnit
 )
 
 func newLadder(t *testing.T, rng *rand.Rand) *ladder {
@@ -49,7 +49,7 @@ func newLadder(t *testing.T, rng *rand.Rand) *ladder {
 	from := newLeaf(t, "source", ladderSize)
 	fill(from.data, rng)
 	l.source = &mosaic{t: t, unit: ladderUnit}
-	for _, i := range rng.Perm(64) {
+	for _, i := range rng.Perm(160) {
 		l.source.pieces = append(l.source.pieces, Region{from, int64(i) * ladderUnit})
 	}
 	for i := range 4 {
@@ -59,12 +59,12 @@ func newLadder(t *testing.T, rng *rand.Rand) *ladder {
 		l.leaves = append(l.leaves, to)
 	}
 	l.target = &mosaic{t: t, unit: ladderUnit}
-	for _, i := range rng.Perm(64) {
-		l.target.pieces = append(l.target.pieces, Region{l.leaves[i/16], int64(i%16) * ladderUnit})
+	for _, i := range rng.Perm(160) {
+		l.target.pieces = append(l.target.pieces, Region{l.leaves[i/40], int64(i%40) * ladderUnit})
 	}
 	for end := int64(0); ; {
 		at := (end + rng.Int64N(5)*512 + 4095*rng.Int64N(2)) &^ 511
-		length := []int64{512 * (1 + rng.Int64N(40)), 4096 * rng.Int64N(200), 3 << 20, 64 << 10}[rng.IntN(4)]
+		length := []int64{512 * (1 + rng.Int64N(40)), 4096 * rng.Int64N(200), 2 << 20, 64 << 10}[rng.IntN(4)]
 		if end = at + length; end > ladderSize {
 			return l
 		}
@@ -92,7 +92,7 @@ func randomOffers(rng *rand.Rand) []block.CopyOffer {
 func (l *ladder) fault(seed uint64) func(block.CopyMethod, int64, int64, int64) (int64, error) {
 	var mu sync.Mutex
 	rng := rand.New(rand.NewPCG(seed, 1))
-	gone := 20 + rng.IntN(200)
+	gone := 3 + rng.IntN(60)
 	calls := 0
 	return func(_ block.CopyMethod, _, _, length int64) (int64, error) {
 		mu.Lock()
@@ -118,7 +118,7 @@ func (l *ladder) run(e Engine) {
 		all.Go(func() {
 			var inFlight sync.WaitGroup
 			for i := g; i < len(l.jobs); i += goroutines {
-				if i%16 == 3 {
+				if i%32 == 3 || i%32 == 7 {
 					l.target.suspended.Store(i%32 == 3)
 				}
 				inFlight.Add(1)
@@ -157,6 +157,8 @@ func (l *ladder) check(s Stats) {
 			l.t.Errorf("job %d: errors %v, %v, bad %b", i, j.ReadErr, j.WriteErr, j.WriteBad)
 		}
 	}
+	l.t.Logf("%d bytes cloned, %d by the device, %d read and written", methodBytes(s, "clone"), methodBytes(s, "device"),
+		methodBytes(s, "readwrite"))
 	if s.Jobs != uint64(len(l.jobs)) || s.Errors != failed || l.source.held.Load()+l.target.held.Load() != 0 {
 		l.t.Errorf("%d jobs, %d failed, %d layers held, but stats %+v", len(l.jobs), failed,
 			l.source.held.Load()+l.target.held.Load(), s)
