@@ -25,13 +25,31 @@
 // the submitters let it become. Waiting for room in Submit instead would let a completion that submits wait for itself.
 // The flusher makes one fdatasync for all flushes that arrived before it began.
 //
+// # Copies from another file
+//
+// A device offers to be filled from another one without the data passing through this process (block.Copier): by a clone
+// on XFS and btrfs (FICLONERANGE), by the server on NFS, CIFS and Ceph (copy_file_range), and by the NVMe Copy command
+// between block devices of one namespace (nvme.go). A file system that would read and write by itself, as Linux does for
+// copy_file_range everywhere else, is asked for nothing. The call is made on the caller's goroutine and is counted in
+// queue 0 of both devices.
+//
+//	what the kernel says                             what Copy says
+//	ENOTSUP, EXDEV, EINVAL, EBADF, EPERM, ...        ENOTSUP: these two files lack the method
+//	(nothing: the range does not fit)                no progress: not aligned, overlapping, a tail that is none
+//	EIO, ENOSPC, EDQUOT and all others               the same
+//	EINVAL, but for less than was asked for not      a short copy, and then the true error
+//	(nothing: the source has failed or is shorter)   ENOTSUP: reading finds out what there is, and tells the reader
+//	(nothing: the destination is)                    EIO
+//
 // # Invariants
 //
 //  1. After a failed fdatasync, data that was acknowledged may be lost, and no later success can tell. The device has
 //     then failed for good: every later write and flush gets EIO with the cause; nothing is tried again. The same holds
 //     once the file is found truncated, because writing would grow it again and hide the loss. Reads go on.
 //  2. The descriptor is closed only when no request, no goroutine and no look-up of extents is counted in any queue.
-//  3. The absence of an operation (ENOTSUP and the like) is remembered and falls back to the next one; an I/O error or
+//  3. No copy makes a truncated file longer again, goes to a device that has failed, or comes from one: what is read of
+//     it by the page cache need not be what its blocks hold.
+//  4. The absence of an operation (ENOTSUP and the like) is remembered and falls back to the next one; an I/O error or
 //     a lack of space surfaces.
 //
 // Lock order: queue.mu and flusher.mu are leaves. Neither is held across a system call, a completion or the other.
