@@ -3,8 +3,6 @@ package transfer
 import (
 	"fmt"
 	"time"
-
-	"cowherd/block"
 )
 
 const (
@@ -79,7 +77,7 @@ func (k *keeper) record() error {
 	if mark <= k.recorded {
 		return nil
 	}
-	if err := block.Flush(k.Destination); err != nil {
+	if err := flush(k.Destination); err != nil {
 		return fmt.Errorf("destination: %w", err)
 	}
 	if err := k.Journal.Record(mark); err != nil {

@@ -237,7 +237,7 @@ func (t *transfer) run(ctx context.Context) error {
 		return err
 	}
 	if t.Flush || t.Verify || t.Journal != nil {
-		if err := block.Flush(t.Destination); err != nil {
+		if err := flush(t.Destination); err != nil {
 			return fmt.Errorf("destination: %w", err)
 		}
 	}

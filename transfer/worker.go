@@ -207,6 +207,14 @@ type call struct {
 	done chan error
 }
 
+// flush makes durable what d has completed.
+func flush(d block.Device) error {
+	c := call{done: make(chan error, 1)}
+	c.set(block.OpFlush, 0, 0, 0, 0, nil)
+	d.Submit(&c.r)
+	return c.wait()
+}
+
 // set prepares the request. The caller submits it, and waits.
 func (c *call) set(op block.Op, flags block.Flags, queue block.Queue, offset, length int64, data []byte) {
 	c.r.Op, c.r.Flags, c.r.Queue, c.r.Offset, c.r.Length, c.r.Data = op, flags, queue, offset, length, data

@@ -1,0 +1,84 @@
+package transfer
+
+import (
+	"bytes"
+	"errors"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+
+	"cowherd/block"
+)
+
+// volatile is a device that has what was written since the last flush in a cache, and loses it when the power fails. All
+// of it is its own: what block.Do keeps for reuse must not come from, or get to, another bubble of synctest.
+type volatile struct {
+	block.Device // tells its size
+	flushesLeft  int
+
+	mu      sync.Mutex
+	durable []byte
+	cached  []byte
+}
+
+func (v *volatile) Submit(r *block.Request) {
+	v.mu.Lock()
+	var err error
+	switch r.Op {
+	case block.OpWrite:
+		copy(v.cached[r.Offset:], r.Data)
+	case block.OpFlush:
+		if v.flushesLeft--; v.flushesLeft < 0 {
+			err = block.NewError(r, syscall.EIO, "the power has failed")
+		} else {
+			copy(v.durable, v.cached)
+		}
+	}
+	v.mu.Unlock()
+	r.Complete(err)
+}
+
+// TestJournalAfterPowerCut: whichever flush the power fails at, what the journal says is durable is, and a copy that is
+// gone on with from there is whole.
+func TestJournalAfterPowerCut(t *testing.T) {
+	const size = 33 << 20
+	content := make([]byte, size)
+	for i := range content {
+		content[i] = byte(i>>12) | 1
+	}
+	source := newDevice(t, "mem", size, &image{content: content})
+	durable, cached := make([]byte, size), make([]byte, size)
+	for flushes := range 2 {
+		clear(durable)
+		clear(cached)
+		v := &volatile{Device: source, flushesLeft: flushes, durable: durable, cached: cached}
+		path := filepath.Join(t.TempDir(), "journal")
+		synctest.Test(t, func(t *testing.T) {
+			j, err := CreateJournal(path, Identity{Size: size}, Identity{Size: size}, false)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer j.Close()
+			_, err = Run(t.Context(), Options{Source: source, Destination: v, Journal: j, Zeroed: true, Rate: 20 << 20, Queues: 3})
+			if !errors.Is(err, syscall.EIO) {
+				t.Fatalf("%d flushes: got %v", flushes, err)
+			}
+			if !bytes.Equal(v.durable[:j.Done()], content[:j.Done()]) {
+				t.Errorf("%d flushes: what the journal says is done is not", flushes)
+			}
+			if want := int64(flushes) * 16 << 20; j.Done() != want {
+				t.Errorf("%d flushes: %d bytes are done, want %d", flushes, j.Done(), want)
+			}
+			copy(v.cached, v.durable) // the power comes back
+			v.flushesLeft = 100
+			if _, err := Run(t.Context(), Options{Source: source, Destination: v, Journal: j, Start: j.Done()}); err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(v.durable, content) || j.Done() != size {
+				t.Errorf("%d flushes: what was gone on with is not whole", flushes)
+			}
+		})
+	}
+}
