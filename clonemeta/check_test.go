@@ -245,6 +245,15 @@ func TestParams(t *testing.T) {
 	}
 }
 
+// TestSize: the examples of its comment and of the page about the format.
+func TestSize(t *testing.T) {
+	for p, want := range map[Params]int64{{8, 1 << 31}: 65, {128, 1 << 31}: 5, {8, 1 << 35}: 1035, {8, 1}: 1, {7, 1}: 0} {
+		if got := Size(p) >> 20; got != want {
+			t.Errorf("%+v: %d MiB, want %d", p, got, want)
+		}
+	}
+}
+
 // TestSetWordsRefuses: words and bits that belong to no region; after that only Abort works.
 func TestSetWordsRefuses(t *testing.T) {
 	m, err := Open(deviceOf(t, sample(t)), Params{})

@@ -23,7 +23,7 @@ const sizeMin = 1 << 20
 // Size is how many bytes a metadata device for p needs, so that every commit finds room: twice the blocks of the bitset and
 // its tree, because one commit may change all of them while the last one's stay; twice those of the space map; the
 // superblock; and 64 more. It is a multiple of 1 MiB. 0: the parameters are out of range. For 1 TiB in regions of
-// 4 KiB it is 66 MiB, in regions of 64 KiB 6 MiB; for 16 TiB in regions of 4 KiB 1037 MiB.
+// 4 KiB it is 65 MiB, in regions of 64 KiB 5 MiB; for 16 TiB in regions of 4 KiB 1035 MiB.
 func Size(p Params) int64 {
 	if _, what := p.check(); what != "" {
 		return 0

@@ -230,7 +230,7 @@ func (a *Array) Set(i, word uint64) error {
 			f, err := a.m.cache.read(a.block, KindArray, a.check(a.at))
 			if err == nil {
 				le.PutUint64(f.data[at:], word)
-				f.dirty = true
+				a.m.cache.change(f)
 			}
 			return err
 		}

@@ -29,6 +29,7 @@ type cache struct {
 	device block.Device
 	limit  int
 	frames map[uint64]*frame
+	dirty  []*frame // those that are, each at least once, and others
 	spare  []*frame
 	clock  uint64
 	run    []byte // what is read and written goes through here; made when needed
@@ -36,6 +37,14 @@ type cache struct {
 
 func newCache(d block.Device, limit int) *cache {
 	return &cache{device: d, limit: max(limit, 16), frames: make(map[uint64]*frame)}
+}
+
+// change says that f is not on disk as it is in memory.
+func (c *cache) change(f *frame) {
+	if !f.dirty {
+		f.dirty = true
+		c.dirty = append(c.dirty, f)
+	}
 }
 
 // look is the frame of a block that is in memory, or nil.
@@ -116,13 +125,6 @@ func (c *cache) drop(n uint64) {
 	}
 }
 
-// reset forgets everything.
-func (c *cache) reset() {
-	for n := range c.frames {
-		c.drop(n)
-	}
-}
-
 // trim makes room when there are more blocks than there may be: everything is written, and the half that was used least
 // recently is forgotten.
 func (c *cache) trim() error {
@@ -145,23 +147,21 @@ func (c *cache) trim() error {
 
 // writeDirty seals and writes all that is not on disk, in ascending order, neighbours together.
 func (c *cache) writeDirty() error {
-	var dirty []*frame
-	for _, f := range c.frames {
-		if f.dirty {
-			dirty = append(dirty, f)
-		}
-	}
+	dirty := slices.DeleteFunc(c.dirty, func(f *frame) bool { return !f.dirty })
 	slices.SortFunc(dirty, func(a, b *frame) int { return cmp.Compare(a.n, b.n) })
+	dirty = slices.Compact(dirty)
+	c.dirty = dirty
 	for len(dirty) > 0 {
 		n := 1
 		for n < len(dirty) && n < runBlocks && dirty[n].n == dirty[0].n+uint64(n) {
 			n++
 		}
 		if err := c.writeRun(dirty[:n]); err != nil {
-			return err
+			return err // what was written is not dirty any more, and the rest still listed
 		}
 		dirty = dirty[n:]
 	}
+	c.dirty = c.dirty[:0]
 	return nil
 }
 

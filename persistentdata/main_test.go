@@ -213,10 +213,7 @@ func TestTree(t *testing.T) {
 // change inserts and deletes, more of the one than of the other, and all in the end.
 func change(t *testing.T, random *rand.Rand, tree *Tree, model map[uint64]uint64, span uint64, round int) {
 	t.Helper()
-	var known []uint64
-	for _, k := range slices.Sorted(maps.Keys(model)) {
-		known = append(known, k)
-	}
+	known := slices.Sorted(maps.Keys(model))
 	inserts := random.IntN(10)
 	if round == 11 {
 		inserts = 0

@@ -242,7 +242,7 @@ func (m *Manager) allocate(kind *Kind) (*frame, error) {
 	}
 	f := m.cache.add(n, kind)
 	clear(f.data[:])
-	f.dirty = true
+	m.cache.change(f)
 	return f, nil
 }
 
@@ -258,7 +258,7 @@ func (m *Manager) shadow(n uint64, kind *Kind, check func(n uint64, p []byte) er
 		return nil, err
 	}
 	if count == 1 && m.space.isNew(n) {
-		old.dirty = true
+		m.cache.change(old)
 		return old, nil
 	}
 	f, err := m.allocate(kind)
@@ -411,12 +411,13 @@ func (m *Manager) stageSpaceMap() {
 	for i := range s.maps {
 		if b := &s.maps[i]; b.moved {
 			f := m.cache.add(b.place, KindBitmap)
-			f.data, f.dirty = *b.current, true
+			f.data = *b.current
+			m.cache.change(f)
 		}
 	}
 	f := m.cache.add(s.index, KindIndex)
 	s.putIndex(f.data[:])
-	f.dirty = true
+	m.cache.change(f)
 }
 
 // begun makes what was committed the beginning of the next transaction.
