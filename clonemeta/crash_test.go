@@ -98,6 +98,9 @@ func TestCrash(t *testing.T) {
 	for round := range 8 {
 		r := fault.NewRecorder()
 		p := Params{RegionSize: 8, TargetSize: block.Sector(1+random.Uint64N(150_000)) * 8}
+		if round == 0 { // more than the cache holds, so that blocks are written before the commit
+			p.TargetSize = 1_000_000 * 8
+		}
 		blocks := 3*persistentdata.ArrayTreeBlocks(p.words()) + 16
 		d := disk(r, int64(blocks))
 		o := persistentdata.Options{CacheBlocks: 16}
