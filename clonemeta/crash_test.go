@@ -95,7 +95,7 @@ func TestOrder(t *testing.T) {
 func TestCrash(t *testing.T) {
 	random := newRand(t)
 	images := 0
-	for round := range 8 {
+	for round := range 5 {
 		r := fault.NewRecorder()
 		p := Params{RegionSize: 8, TargetSize: block.Sector(1+random.Uint64N(150_000)) * 8}
 		if round == 0 { // more than the cache holds, so that blocks are written before the commit
@@ -113,7 +113,7 @@ func TestCrash(t *testing.T) {
 		x.committed, x.staged = make([]uint64, p.words()), make([]uint64, p.words())
 		states := [][]uint64{slices.Clone(x.committed)}
 		r.Mark(0)
-		for range 40 {
+		for range 30 {
 			if x.step(t); !slices.Equal(x.committed, states[len(states)-1]) {
 				states = append(states, slices.Clone(x.committed))
 				r.Mark(len(states) - 1)
@@ -197,7 +197,7 @@ func crash(t *testing.T, replay *fault.Replay, states [][]uint64, cut func(*faul
 		acknowledged = replay.Last(1)[0].Mark.(int)
 	}
 	for {
-		for range 4 {
+		for range 3 {
 			images++
 			image := cut(replay)
 			if what := wrong(t, image, states, acknowledged); what != "" {

@@ -167,7 +167,7 @@ func (c *cache) writeDirty() error {
 
 // writeRun writes blocks that are neighbours.
 func (c *cache) writeRun(run []*frame) error {
-	p := c.buffer()[:len(run)*BlockSize]
+	p := c.buffer(len(run))
 	for i, f := range run {
 		f.kind.Seal(f.data[:], f.n)
 		copy(p[i*BlockSize:], f.data[:])
@@ -181,10 +181,10 @@ func (c *cache) writeRun(run []*frame) error {
 	return nil
 }
 
-// buffer is the memory that runs of blocks go through. Who reads a run to it uses it before anything is written.
-func (c *cache) buffer() []byte {
-	if c.run == nil {
-		c.run = make([]byte, runBlocks*BlockSize)
+// buffer is the memory that n blocks, at most a run of them, go through. Who reads to it uses it before anything is written.
+func (c *cache) buffer(n int) []byte {
+	if need := n * BlockSize; len(c.run) < need {
+		c.run = make([]byte, min(max(need, 2*len(c.run)), runBlocks*BlockSize))
 	}
-	return c.run
+	return c.run[:n*BlockSize]
 }

@@ -171,7 +171,7 @@ func (m *Manager) readMany(places []uint64, kind *Kind, visit func(i int, p []by
 		if err := checkRange(m.device, places[i]+uint64(n-1), kind); err != nil {
 			return err
 		}
-		run := m.cache.buffer()[:n*BlockSize]
+		run := m.cache.buffer(n)
 		if err := block.Read(m.device, run, int64(places[i])*BlockSize); err != nil {
 			return fmt.Errorf("read %d blocks at block %d (%s): %w", n, places[i], kind.Name, err)
 		}
