@@ -42,6 +42,7 @@ type Config struct {
 type Target struct {
 	c      Config
 	began  time.Time
+	now    func() time.Time
 	random func(n uint32) uint32 // from 0 to n-1
 }
 
@@ -51,7 +52,7 @@ func New(c Config) *Target {
 		f.RandomWrite == 0 {
 		c.Features.ErrorReads, c.Features.ErrorWrites = true, true
 	}
-	return &Target{c: c, began: time.Now(), random: rand.Uint32N}
+	return &Target{c: c, began: time.Now(), now: time.Now, random: rand.Uint32N}
 }
 
 // Size is Config.Size.
@@ -62,7 +63,7 @@ func (t *Target) Limits() block.Limits { return t.c.Lower.Limits() }
 
 // isDown tells whether it misbehaves now. The kernel counts whole seconds.
 func (t *Target) isDown() bool {
-	elapsed := time.Since(t.began).Truncate(time.Second)
+	elapsed := t.now().Sub(t.began).Truncate(time.Second)
 	return elapsed%(t.c.Up+t.c.Down) >= t.c.Up
 }
 

@@ -29,10 +29,12 @@ type entry struct {
 	sector   int64 // in sectors of the log
 	sectors  int64
 	flags    uint64
-	textLen  int          // of a mark
-	contents []byte       // as it lies in the log: a sector with the header, then the data
-	covered  []*entry     // of a flush: what it makes durable
-	logged   chan<- error // of a mark: told when it is in the log; else nil
+	textLen  int      // of a mark
+	contents []byte   // as it lies in the log: a sector with the header, then the data
+	covered  []*entry // of a flush: what it makes durable
+	// It is about to be logged because of an entry that overwrites it.
+	overwritten bool
+	logged      chan<- error // of a mark: told when it is in the log; else nil
 }
 
 // encode puts the header in front of the contents, which are sectorBytes long at least.

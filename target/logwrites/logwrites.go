@@ -7,7 +7,8 @@
 //	a write is done           its entry waits: it may be lost in a crash until a flush
 //	a flush comes             it takes along what waits at that moment
 //	the flush is done         what it took along is logged, then the flush
-//	a write with FUA is done  it is logged at once
+//	a write with FUA is done  it is logged at once, behind what it overwrites (where the kernel lets a replay bring back
+//	                          what was overwritten)
 //	a mark                    is logged at once, behind what was logged before
 //	the target ends           what waits is logged, then the mark "dm-log-writes-end"
 //
@@ -25,6 +26,7 @@ package logwrites
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -75,6 +77,8 @@ type Target struct {
 	// What is done and not flushed, and the bytes of it.
 	unflushed []*entry // +checklocks:mu
 	waiting   int64    // +checklocks:mu
+	// Flushes in flight, with what they have taken along.
+	flushes []*entry // +checklocks:mu
 	// What is to be logged.
 	queue []*entry // +checklocks:mu
 	// Somebody writes the log.
@@ -133,6 +137,7 @@ func (t *Target) newEntry(r *block.Request) *entry {
 		e.flags = flagFlush
 		t.mu.Lock()
 		e.covered = append(e.covered[:0], t.unflushed...)
+		t.flushes = append(t.flushes, e)
 		clear(t.unflushed)
 		t.unflushed, t.waiting = t.unflushed[:0], 0
 		t.mu.Unlock()
@@ -158,6 +163,16 @@ func (e *entry) Complete(r *block.Request, err error) {
 func (t *Target) done(e *entry, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if e.flags&flagFlush != 0 {
+		at := slices.Index(t.flushes, e)
+		if err == nil { // what flushes took along that came before it is durable as well
+			for _, f := range t.flushes[:at] {
+				t.queue = append(t.queue, f.covered...)
+				f.covered = f.covered[:0]
+			}
+		}
+		t.flushes = slices.Delete(t.flushes, at, at+1)
+	}
 	switch {
 	case err != nil:
 		t.unflushed = append(e.covered, t.unflushed...)
@@ -168,6 +183,7 @@ func (t *Target) done(e *entry, err error) {
 		e.covered = e.covered[:0]
 		t.startLocked()
 	case e.flags&flagFUA != 0:
+		t.queueOverwrittenLocked(e)
 		t.queue = append(t.queue, e)
 		t.startLocked()
 	default:
@@ -177,6 +193,44 @@ func (t *Target) done(e *entry, err error) {
 			t.startLocked()
 		}
 	}
+}
+
+// queueOverwrittenLocked has logged what e overwrites, and what that overwrites, and so on.
+//
+// +checklocks:t.mu
+func (t *Target) queueOverwrittenLocked(e *entry) {
+	later := []*entry{e}
+	mark := func(list []*entry) {
+		for _, x := range slices.Backward(list) {
+			if slices.ContainsFunc(later, x.overlaps) {
+				x.overwritten = true
+				later = append(later, x)
+			}
+		}
+	}
+	take := func(list []*entry) []*entry {
+		return slices.DeleteFunc(list, func(x *entry) bool {
+			overwritten := x.overwritten
+			if overwritten {
+				x.overwritten = false
+				t.queue = append(t.queue, x)
+			}
+			return overwritten
+		})
+	}
+	mark(t.unflushed)
+	for _, f := range slices.Backward(t.flushes) {
+		mark(f.covered)
+	}
+	for _, f := range t.flushes {
+		f.covered = take(f.covered)
+	}
+	t.unflushed = take(t.unflushed)
+}
+
+// overlaps tells whether both are about a sector.
+func (e *entry) overlaps(x *entry) bool {
+	return x.sector < e.sector+e.sectors && e.sector < x.sector+x.sectors
 }
 
 // queueUnflushedLocked has everything logged that waits for a flush.
