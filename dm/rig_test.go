@@ -10,12 +10,14 @@ import (
 	"cowherd/backend/mem"
 	"cowherd/block"
 	"cowherd/dm"
+	"cowherd/kcopyd"
 	"cowherd/target"
 	"cowherd/target/delay"
 	"cowherd/target/errortarget"
 	"cowherd/target/flakey"
 	"cowherd/target/linear"
 	"cowherd/target/logwrites"
+	"cowherd/target/snapshot"
 	"cowherd/target/striped"
 	"cowherd/target/zero"
 )
@@ -37,7 +39,7 @@ func newRig(t testing.TB, devices map[string]block.Device, more ...*target.Type)
 	x := &rig{t: t, devices: devices, names: map[string]bool{}}
 	x.Mapper = dm.NewMapper(x, append([]*target.Type{
 		linear.Type(), striped.Type(), zero.Type(), errortarget.Type(), delay.Type(), flakey.Type(), logwrites.Type(),
-	}, more...))
+	}, append(more, snapshot.NewFamily(func() kcopyd.Engine { return kcopyd.NewScaled(kcopyd.Config{}) }).Types()...)...))
 	t.Cleanup(func() {
 		if err := x.Close(context.Background()); err != nil {
 			t.Error(err)

@@ -109,7 +109,7 @@ func New(c Config) (*Daemon, error) {
 		throttle: kcopyd.NewThrottle()}
 	d.names.origins, d.names.held = map[string]*origin{}, map[fileID]string{}
 	d.names.mapped, d.names.minors = map[string]bool{}, map[string]uint32{}
-	d.mapper = dm.NewMapper(&mappedHost{daemon: d, leaves: map[fileID]*sharedLeaf{}}, targetTypes())
+	d.mapper = dm.NewMapper(&mappedHost{daemon: d, leaves: map[fileID]*sharedLeaf{}}, targetTypes(d.newEngine))
 	d.ending, d.end = context.WithCancel(context.Background())
 	if err := d.open(); err != nil {
 		d.end()

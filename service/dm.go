@@ -11,21 +11,23 @@ import (
 	"cowherd/api"
 	"cowherd/block"
 	"cowherd/dm"
+	"cowherd/kcopyd"
 	"cowherd/target"
 	"cowherd/target/delay"
 	"cowherd/target/errortarget"
 	"cowherd/target/flakey"
 	"cowherd/target/linear"
 	"cowherd/target/logwrites"
+	"cowherd/target/snapshot"
 	"cowherd/target/striped"
 	"cowherd/target/zero"
 )
 
 // targetTypes are the types of targets that tables may name. This is the place to add one.
-func targetTypes() []*target.Type {
-	return []*target.Type{
+func targetTypes(newEngine func() kcopyd.Engine) []*target.Type {
+	return append([]*target.Type{
 		delay.Type(), errortarget.Type(), flakey.Type(), linear.Type(), logwrites.Type(), striped.Type(), zero.Type(),
-	}
+	}, snapshot.NewFamily(newEngine).Types()...)
 }
 
 // managedMinorFirst is the first minor number of what was attached and of snapshots; those of mapped devices count

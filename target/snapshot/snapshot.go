@@ -163,13 +163,16 @@ func check(c *Config, persistent *cowstore.Persistent) error {
 func (s *Snapshot) Size() int64 { return s.size }
 
 // Limits are those of the origin and the COW device together. Discard is there only with DiscardZeroesCOW.
-func (s *Snapshot) Limits() block.Limits {
+func (s *Snapshot) Limits() block.Limits { return s.limitsWith(s.discards, s.passdown) }
+
+// limitsWith are the limits with and without the features DiscardZeroesCOW and DiscardPassdownOrigin.
+func (s *Snapshot) limitsWith(discards, passdown bool) block.Limits {
 	l := s.origin.Limits().Stack(s.cow.Limits())
 	l.ReadOnly = s.readOnly
 	l.NeedsFlush = s.cow.Limits().NeedsFlush
 	l.WriteZeroesMax = min(s.cow.Limits().WriteZeroesMax, writeZeroesMax)
 	l.DiscardMax, l.DiscardGranularity = 0, int64(s.chunkSize)
-	if s.discards {
+	if discards {
 		l.DiscardMax = writeZeroesMax
 		// A piece of a discard reaches the COW device as one or the other.
 		for _, most := range []int64{s.cow.Limits().WriteZeroesMax, s.cow.Limits().DiscardMax} {
@@ -178,7 +181,7 @@ func (s *Snapshot) Limits() block.Limits {
 			}
 		}
 	}
-	if below := s.origin.device.Limits().DiscardMax; s.passdown && below > 0 {
+	if below := s.origin.device.Limits().DiscardMax; passdown && below > 0 {
 		l.DiscardMax = min(l.DiscardMax, below)
 	}
 	return l
