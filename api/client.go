@@ -110,6 +110,11 @@ func (c *Client) SetThrottle(ctx context.Context, class string, r ThrottleReques
 	return call[ThrottleClass](ctx, c, http.MethodPut, "/throttle/"+url.PathEscape(class), r)
 }
 
+// Hydrate changes how a clone is hydrated.
+func (c *Client) Hydrate(ctx context.Context, name string, r HydrationRequest) (Device, error) {
+	return call[Device](ctx, c, http.MethodPut, "/devices/"+url.PathEscape(name)+"/hydration", r)
+}
+
 // EventsQuery selects events.
 type EventsQuery struct {
 	// Since is the number of an event: those after it are wanted. nil: those from now on, or with Follow false all

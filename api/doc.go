@@ -17,6 +17,7 @@ const BodyMax = 64 << 10
 // Kinds of a Device.
 const (
 	KindOrigin   = "origin"   // was attached; may have snapshots
+	KindClone    = "clone"    // an origin that is a clone; see Device.Clone
 	KindSnapshot = "snapshot" // was taken of an origin
 )
 
@@ -46,6 +47,48 @@ type AttachRequest struct {
 	Device   string `json:"device"`
 	ReadOnly bool   `json:"read_only,omitempty"`
 	Direct   bool   `json:"direct,omitempty"` // past the page cache
+	// Clone makes the device a clone, whose destination Device is: a file, which is made if there is none, or a block
+	// device. The zero value: it is no clone.
+	Clone CloneRequest `json:"clone,omitzero"`
+}
+
+// Orders of hydration: values of CloneRequest.Order.
+const (
+	OrderSequential = "sequential" // from the first region to the last
+	OrderHottest    = "hottest"    // regions near those that were read first
+)
+
+// CloneRequest says what a clone is made of. It is comparable.
+type CloneRequest struct {
+	// Source is what is cloned: the absolute path of an image file or a block device, an NBD URI, or the name of a
+	// snapshot, or of a device that is attached read-only, of the same daemon. It must not change.
+	Source string `json:"source"`
+	// Metadata is the absolute path of a file or block device that says which regions are hydrated; "": a file beside the
+	// destination, NAME.clone-metadata. A clone that it holds already is gone on with.
+	Metadata string `json:"metadata,omitempty"`
+	// RegionBytes is the unit of copying, a power of two from 4 KiB to 1 GiB; 0: 64 KiB, or that of the metadata.
+	RegionBytes int64 `json:"region_bytes,omitempty"`
+	// Overwrite lets a new clone take the place of what the destination holds.
+	Overwrite bool `json:"overwrite,omitempty"`
+	// DestinationIsZero: what the destination holds are zeroes, so that holes of the source are left alone. A file that is
+	// made for the clone is zero anyway.
+	DestinationIsZero bool `json:"destination_is_zero,omitempty"`
+	NoHydration       bool `json:"no_hydration,omitempty"`        // in the background, until it is asked for
+	NoDiscardPassdown bool `json:"no_discard_passdown,omitempty"` // discards are not told to the destination
+	NoPromoteOnRead   bool `json:"no_promote_on_read,omitempty"`  // what was read is not hydrated before the rest
+	// Threshold is the most regions in flight in the background, Batch the most in one copy; 0: 16 MiB and 1 MiB.
+	Threshold uint32 `json:"hydration_threshold,omitempty"`
+	Batch     uint32 `json:"hydration_batch_size,omitempty"`
+	Order     string `json:"order,omitempty"` // "": OrderSequential
+}
+
+// HydrationRequest changes how a clone is hydrated. What is not given stays.
+type HydrationRequest struct {
+	Running   *bool  `json:"running,omitempty"`
+	Threshold uint32 `json:"hydration_threshold,omitempty"`
+	Batch     uint32 `json:"hydration_batch_size,omitempty"`
+	// Retry tries regions again that were given up.
+	Retry bool `json:"retry,omitempty"`
 }
 
 // SnapshotRequest asks for a snapshot.
@@ -120,6 +163,8 @@ type Device struct {
 	Snapshots []string `json:"snapshots,omitempty"`
 	// Snapshot is nil for an origin.
 	Snapshot *Snapshot `json:"snapshot,omitempty"`
+	// Clone is nil unless the device is a clone.
+	Clone *Clone `json:"clone,omitempty"`
 	// Lost is why the device is remembered but not there; empty while it is.
 	Lost string `json:"lost,omitempty"`
 	// Target and TargetStatus are what the device mapper's status would show of it, without the range.
@@ -159,6 +204,42 @@ type Snapshot struct {
 
 	// Merge is nil unless the snapshot is being merged.
 	Merge *Merge `json:"merge,omitempty"`
+
+	Kcopyd Kcopyd `json:"kcopyd"`
+}
+
+// Modes of a Clone.
+const (
+	CloneReadWrite = "rw"
+	CloneReadOnly  = "ro"   // the metadata cannot be written: nothing is hydrated any more
+	CloneFail      = "Fail" // nor read: all I/O fails
+)
+
+// Clone is what a clone has beside other devices.
+type Clone struct {
+	Source        string `json:"source"`
+	SourceInUse   bool   `json:"source_in_use"` // not everything is hydrated and committed yet
+	Metadata      string `json:"metadata"`
+	RegionBytes   int64  `json:"region_bytes"`
+	Regions       uint64 `json:"regions"`
+	Hydrated      uint64 `json:"hydrated"`
+	Hydrating     uint64 `json:"hydrating"` // regions in flight in the background
+	Running       bool   `json:"running"`   // hydration in the background is wanted
+	Threshold     uint32 `json:"hydration_threshold"`
+	Batch         uint32 `json:"hydration_batch_size"`
+	PromoteOnRead bool   `json:"promote_on_read"`
+	Order         string `json:"order"`
+	Passdown      bool   `json:"discard_passdown"`
+	Mode          string `json:"mode"`
+	// Cause is why the mode is not CloneReadWrite.
+	Cause string `json:"cause,omitempty"`
+	// FailedRegions could not be copied and were given up; FirstError is of one of them. Stopped: they are too many, and
+	// hydration stops.
+	FailedRegions uint64 `json:"failed_regions,omitempty"`
+	FirstError    string `json:"first_error,omitempty"`
+	Stopped       bool   `json:"stopped,omitempty"`
+	TableBytes    int64  `json:"table_bytes"` // memory of the regions' state
+	Commits       uint64 `json:"commits"`     // of the metadata, since it was opened
 
 	Kcopyd Kcopyd `json:"kcopyd"`
 }
@@ -293,6 +374,10 @@ const (
 	EventMergeStopped       = "merge-stopped"
 	EventMergeFinished      = "merge-finished"
 	EventMergeFailed        = "merge-failed"
+	EventCloneHydrated      = "clone-hydrated"    // everything is, and the source is no longer used
+	EventCloneMode          = "clone-mode"        // it became read-only, or failed
+	EventHydrationFailed    = "hydration-failed"  // a region could not be copied and was given up
+	EventHydrationStopped   = "hydration-stopped" // because too many were
 	EventClientConnected    = "client-connected"
 	EventClientDisconnected = "client-disconnected"
 	// EventDeviceLost and EventSnapshotLost tell at a start of the daemon of what is not there any more.

@@ -54,7 +54,7 @@ func idOf(info os.FileInfo) fileID {
 	return fileID{device: stat.Dev, inode: stat.Ino}
 }
 
-// openDevice opens what an AttachRequest names, for name.
+// openDevice opens what an AttachRequest names, for name. It is none of a clone.
 func (d *Daemon) openDevice(name string, r api.AttachRequest) (*backing, error) {
 	kind, argument, special := strings.Cut(r.Device, ":")
 	if special && (kind == "mem" || kind == "null") {
@@ -78,17 +78,10 @@ func (d *Daemon) openDevice(name string, r api.AttachRequest) (*backing, error) 
 
 // openFile opens a file or a block device for user, who is named to others that want it.
 func (d *Daemon) openFile(user, path string, o file.Options) (*backing, error) {
-	if !filepath.IsAbs(path) {
-		return nil, api.Errorf(syscall.EINVAL, "device %q: an absolute path, mem:SIZE or null:SIZE is wanted", path)
-	}
-	info, err := os.Stat(path)
+	id, err := identify(path)
 	if err != nil {
-		return nil, fmt.Errorf("device: %w", err)
+		return nil, err
 	}
-	if t := info.Mode().Type(); t != 0 && t != os.ModeDevice {
-		return nil, api.Errorf(syscall.EINVAL, "device %s: neither a regular file nor a block device", path)
-	}
-	id := idOf(info)
 	if err := d.names.hold(id, user, path); err != nil {
 		return nil, err
 	}
@@ -99,6 +92,38 @@ func (d *Daemon) openFile(user, path string, o file.Options) (*backing, error) {
 		return nil, fmt.Errorf("device: %w", err)
 	}
 	return &backing{leaf: opened, release: release}, nil
+}
+
+// openShared opens a file or a block device that is only read, and may be by several.
+func (d *Daemon) openShared(path string) (*backing, error) {
+	id, err := identify(path)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.names.share(id, path); err != nil {
+		return nil, err
+	}
+	opened, err := file.Open(path, file.Options{ReadOnly: true})
+	if err != nil {
+		d.names.unshare(id)
+		return nil, fmt.Errorf("device: %w", err)
+	}
+	return &backing{leaf: opened, release: func() { d.names.unshare(id) }}, nil
+}
+
+// identify finds a file or a block device by its path.
+func identify(path string) (id fileID, err error) {
+	if !filepath.IsAbs(path) {
+		return id, api.Errorf(syscall.EINVAL, "device %q: an absolute path, mem:SIZE or null:SIZE is wanted", path)
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		return id, fmt.Errorf("device: %w", err)
+	}
+	if t := info.Mode().Type(); t != 0 && t != os.ModeDevice {
+		return id, api.Errorf(syscall.EINVAL, "device %s: neither a regular file nor a block device", path)
+	}
+	return idOf(info), nil
 }
 
 // openMem makes a device in memory of SIZE.

@@ -78,6 +78,13 @@ func (c *control) handler(streaming context.Context) http.Handler {
 	handle("DELETE "+api.Prefix+"/devices/{name}", func(_ http.ResponseWriter, r *http.Request) (any, error) {
 		return nil, d.Detach(r.Context(), r.PathValue("name"))
 	})
+	handle("PUT "+api.Prefix+"/devices/{name}/hydration", func(w http.ResponseWriter, r *http.Request) (any, error) {
+		var body api.HydrationRequest
+		if err := api.ReadJSON(w, r, &body); err != nil {
+			return nil, err
+		}
+		return d.Hydrate(r.Context(), r.PathValue("name"), body)
+	})
 	handle("POST "+api.Prefix+"/snapshots", func(w http.ResponseWriter, r *http.Request) (any, error) {
 		var body api.SnapshotRequest
 		if err := api.ReadJSON(w, r, &body); err != nil {

@@ -23,6 +23,7 @@ type origin struct {
 	request api.AttachRequest
 	backing *backing         // set before the entry is live
 	target  *snapshot.Origin // set before the entry is live
+	cloned  *cloned          // nil: it is no clone. Set before the entry is live
 
 	// operation holds one message while nobody works on the origin: who takes it out has the origin's operations.
 	operation chan struct{}
@@ -131,14 +132,18 @@ func (d *Daemon) recall(saved *savedDevice) error {
 		return api.Errorf(syscall.EEXIST, "the name is that of %s, which is lost: detach it to forget it",
 			known.Request.Device)
 	}
-	saved.Since, saved.Snapshots = known.Since, slices.Clone(known.Snapshots)
+	if isClone := known.Request.Clone.Source != ""; isClone != (saved.Request.Clone.Source != "") {
+		return api.Errorf(syscall.EEXIST, "the name is that of a device that is lost, and the one is a clone and the other is "+
+			"not: detach it to forget it")
+	}
+	saved.Since, saved.Snapshots, saved.Cloned = known.Since, slices.Clone(known.Snapshots), known.Cloned
 	return nil
 }
 
 // openOrigin opens an origin's device and brings back its snapshots, before anybody can write it. What has become of
 // them is durable when it returns.
 func (d *Daemon) openOrigin(o *origin, saved *savedDevice) error {
-	made, err := d.openDevice(o.name, o.request)
+	made, err := d.openBacking(o, saved)
 	if err != nil {
 		return err
 	}

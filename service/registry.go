@@ -21,6 +21,8 @@ type registry struct {
 	// +checklocks:mu
 	held map[fileID]string // files in use, and the name of the device that has each
 	// +checklocks:mu
+	shared map[fileID]int // how many read a file that nobody writes
+	// +checklocks:mu
 	count int // origins and snapshots
 	// +checklocks:mu
 	closed bool // nothing is added any more
@@ -135,8 +137,34 @@ func (g *registry) hold(id fileID, user, path string) error {
 	if holder, ok := g.held[id]; ok {
 		return api.Errorf(syscall.EBUSY, "%s is in use by device %q of this daemon", path, holder)
 	}
+	if g.shared[id] > 0 {
+		return api.Errorf(syscall.EBUSY, "%s is in use by this daemon as the source of %d clones", path, g.shared[id])
+	}
 	g.held[id] = user
 	return nil
+}
+
+// share notes that one more reads the file id, which nobody may write. EBUSY: somebody may.
+func (g *registry) share(id fileID, path string) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if holder, ok := g.held[id]; ok {
+		return api.Errorf(syscall.EBUSY, "%s is in use by device %q of this daemon", path, holder)
+	}
+	if g.shared == nil {
+		g.shared = map[fileID]int{}
+	}
+	g.shared[id]++
+	return nil
+}
+
+// unshare undoes share.
+func (g *registry) unshare(id fileID) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.shared[id]--; g.shared[id] == 0 {
+		delete(g.shared, id)
+	}
 }
 
 // letGo undoes hold.

@@ -18,7 +18,7 @@ func (d *Daemon) Restore(configured []api.AttachRequest) error {
 			return fmt.Errorf("attach %q: %w", r.Name, err)
 		}
 	}
-	for _, saved := range d.saved.now().Devices {
+	for _, saved := range inOrder(d.saved.now().Devices) {
 		if err := d.restore(saved); err != nil {
 			return err
 		}
@@ -32,6 +32,29 @@ func (d *Daemon) Restore(configured []api.AttachRequest) error {
 		}
 	}
 	return nil
+}
+
+// inOrder puts clones of other devices, or of their snapshots, behind these.
+func inOrder(devices []savedDevice) []savedDevice {
+	var order []savedDevice
+	placed := map[string]bool{}
+	for left := devices; len(left) > 0; {
+		var later []savedDevice
+		for _, saved := range left {
+			source, named := sourceName(saved.Request.Clone.Source)
+			if origin, _, _ := strings.Cut(source, "@"); named && !placed[origin] {
+				later = append(later, saved)
+				continue
+			}
+			order = append(order, saved)
+			placed[saved.Request.Name] = true
+		}
+		if len(later) == len(left) { // what they are clones of is not there
+			return append(order, later...)
+		}
+		left = later
+	}
+	return order
 }
 
 // reconcile lets the configuration win over what is remembered of a device, unless that would cost a snapshot.

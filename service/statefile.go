@@ -54,6 +54,7 @@ type savedDevice struct {
 	Since     time.Time         `json:"since"`
 	Lost      string            `json:"lost,omitempty"` // why it could not be opened last time
 	Snapshots []savedSnapshot   `json:"snapshots,omitempty"`
+	Cloned    bool              `json:"cloned,omitempty"` // a clone's metadata was made: it is not to be made anew
 }
 
 // savedSnapshot is a snapshot that was taken and not removed.

@@ -125,6 +125,9 @@ func (d *Daemon) describeOrigin(o *origin) api.Device {
 			x.Target, x.TargetStatus, x.TargetTable = "snapshot-merge", m.Status(), s.tableLine()
 		}
 	}
+	if o.cloned != nil {
+		d.describeClone(o, &x)
+	}
 	for _, s := range o.allSnaps() {
 		x.Snapshots = append(x.Snapshots, s.name)
 	}

@@ -2,6 +2,7 @@ package clone
 
 import (
 	"fmt"
+	"math/bits"
 	"strconv"
 	"strings"
 	"syscall"
@@ -300,3 +301,19 @@ func (o *Options) parseCore(words []string) error {
 
 // invalid is a fault of a table line.
 func invalid(what string) error { return fmt.Errorf("%s: %w", what, syscall.EINVAL) }
+
+// IsHydrated tells whether metadata says that every region is hydrated: a clone that needs no source.
+func IsHydrated(m Metadata) (bool, error) {
+	regions := Region((m.TargetSize() + m.RegionSize() - 1) / m.RegionSize())
+	t := newTable(regions)
+	count := 0
+	err := m.LoadBits(func(first uint64, words []uint64) bool {
+		for i, v := range words {
+			if at := Region(first+uint64(i)) * 64; at < regions {
+				count += bits.OnesCount64(v &^ t.behind(at))
+			}
+		}
+		return true
+	})
+	return Region(count) == regions, err
+}

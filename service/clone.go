@@ -1,0 +1,504 @@
+package service
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"cowherd/api"
+	"cowherd/backend/file"
+	"cowherd/backend/nbd"
+	"cowherd/block"
+	"cowherd/clonemeta"
+	"cowherd/kcopyd"
+	"cowherd/target/clone"
+)
+
+// A clone is an origin whose backing is a clone target over a destination, its metadata and a source. All that can be
+// done with an origin can be done with it.
+//
+//	cloned as a leaf -> clone.Clone -> destination
+//	                                -> source            until everything is hydrated and committed
+//	                                -> clonemeta         a file beside the destination
+//
+// The state file says that a clone was made (savedDevice.Cloned) before anybody is told of it: from then on metadata or
+// destination that are not there cost the device, and are never made anew, since that would show the source's data in
+// place of what was written.
+
+const (
+	// regionDefault is the region size in bytes where none is given.
+	regionDefault = 64 << 10
+	// hydrationBytes and batchBytes are what is in flight in the background, and in one copy, where nothing is said.
+	hydrationBytes = 16 << 20
+	batchBytes     = 1 << 20
+	// metadataSuffix is the end of the names of files that the daemon makes for metadata.
+	metadataSuffix = ".clone-metadata"
+	// sourceTimeout bounds connecting to a server, and how long it may be away; sourceConns is how many connections
+	// there are to one.
+	sourceTimeout = 30 * time.Second
+	sourceConns   = 4
+	// glance is how much of a block device must be zero for it to count as empty.
+	glance = 1 << 20
+)
+
+// cloned is a clone and what it stands on, as the leaf of an origin.
+type cloned struct {
+	*clone.Clone
+	request api.CloneRequest
+	engine  kcopyd.Engine
+	dest    *backing
+	meta    *clonemeta.Metadata
+	store   *backing // that meta is on
+	made    []string // files that were made for it
+
+	mu sync.Mutex
+	// nil: it is no longer used.
+	source *source // +checklocks:mu
+}
+
+// source is what is cloned, while it is used.
+type source struct {
+	block.Device
+	close func() error
+}
+
+// Submit maps r. See block.Device.
+func (x *cloned) Submit(r *block.Request) {
+	if d := x.Map(r); d != nil {
+		d.Submit(r)
+	}
+}
+
+// openBacking opens what an origin stands on: a device, or a clone.
+func (d *Daemon) openBacking(o *origin, saved *savedDevice) (*backing, error) {
+	r := &o.request
+	if r.Clone == (api.CloneRequest{}) {
+		return d.openDevice(o.name, *r)
+	}
+	x, err := d.openClone(o.name, r, saved.Cloned)
+	if err != nil {
+		return nil, fmt.Errorf("clone: %w", err)
+	}
+	o.cloned, saved.Cloned = x, true
+	x.Resume()
+	return &backing{leaf: x}, nil
+}
+
+// openClone makes a clone, or goes on with one; known: it was made before, and nothing of it is to be made anew.
+func (d *Daemon) openClone(name string, r *api.AttachRequest, known bool) (_ *cloned, err error) {
+	if err := checkClone(r); err != nil {
+		return nil, err
+	}
+	x := &cloned{request: r.Clone, engine: d.newEngine()}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, x.release())
+			if !known {
+				for _, path := range x.made {
+					err = errors.Join(err, removeFile(path))
+				}
+			}
+		}
+	}()
+	if x.request.Metadata == "" {
+		x.request.Metadata = metadataPath(r.Device)
+	}
+	there, err := d.openMetadata(name, x)
+	if err == nil && !there && known {
+		err = api.Errorf(syscall.ENOENT, "the metadata %s is not there any more: which regions of %s hold data is not known",
+			x.request.Metadata, r.Device)
+	}
+	if err != nil {
+		return nil, err
+	}
+	zero := false
+	if there {
+		err = d.reopenClone(name, r, x)
+	} else {
+		zero, err = d.makeClone(name, r, x)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return x, d.startClone(name, r, x, zero)
+}
+
+// checkClone tells what is wrong with a request.
+func checkClone(r *api.AttachRequest) error {
+	c := &r.Clone
+	switch {
+	case c.Source == "":
+		return api.Errorf(syscall.EINVAL, "it needs a source")
+	case !filepath.IsAbs(r.Device):
+		return api.Errorf(syscall.EINVAL, "destination %q: an absolute path is wanted", r.Device)
+	case c.Metadata != "" && !filepath.IsAbs(c.Metadata):
+		return api.Errorf(syscall.EINVAL, "metadata %q: an absolute path is wanted", c.Metadata)
+	case c.RegionBytes != 0 && (c.RegionBytes < clone.RegionSizeMin.Bytes() || c.RegionBytes > clone.RegionSizeMax.Bytes() ||
+		c.RegionBytes&(c.RegionBytes-1) != 0):
+		return api.Errorf(syscall.EINVAL, "a region size of %d bytes is not a power of two from 4 KiB to 1 GiB", c.RegionBytes)
+	case c.Order != "" && c.Order != api.OrderSequential && c.Order != api.OrderHottest:
+		return api.Errorf(syscall.EINVAL, "order %q: %s or %s is wanted", c.Order, api.OrderSequential, api.OrderHottest)
+	}
+	return nil
+}
+
+// metadataPath is where a clone's metadata is if nothing else is said: beside the destination.
+func metadataPath(destination string) string { return destination + metadataSuffix }
+
+// openMetadata opens the file or block device that holds the metadata; there tells whether it holds any. If there is no
+// file, x has none.
+func (d *Daemon) openMetadata(name string, x *cloned) (there bool, err error) {
+	path := x.request.Metadata
+	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if x.store, err = d.openFile(name, path, file.Options{}); err != nil {
+		return false, fmt.Errorf("metadata: %w", err)
+	}
+	x.meta, err = clonemeta.Open(x.store, clonemeta.Params{RegionSize: block.SectorFloor(x.request.RegionBytes)})
+	switch {
+	case errors.Is(err, clonemeta.ErrUnformatted):
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("metadata %s: %w", path, err)
+	}
+	return true, nil
+}
+
+// reopenClone opens what a clone whose metadata is there needs: the source only if something is left to be copied.
+func (d *Daemon) reopenClone(name string, r *api.AttachRequest, x *cloned) error {
+	var err error
+	if x.dest, err = d.openFile(name, r.Device, file.Options{Direct: r.Direct}); err != nil {
+		return fmt.Errorf("destination: %w", err)
+	}
+	all, err := clone.IsHydrated(x.meta)
+	if err != nil || all {
+		return err
+	}
+	return d.openSource(name, x)
+}
+
+// makeClone opens the source and makes destination and metadata as it needs them. zero: the destination is zero.
+func (d *Daemon) makeClone(name string, r *api.AttachRequest, x *cloned) (zero bool, err error) {
+	if err := d.openSource(name, x); err != nil {
+		return false, err
+	}
+	src := x.currentSource()
+	length := src.Size()
+	if length == 0 || length%block.SectorSize != 0 {
+		return false, api.Errorf(syscall.EINVAL, "the source has %d bytes: a multiple of 512, and some, are wanted", length)
+	}
+	if zero, err = d.makeDestination(name, r, x, length); err != nil {
+		return false, fmt.Errorf("destination: %w", err)
+	}
+	region := x.request.RegionBytes
+	if region == 0 {
+		region = regionDefault
+	}
+	p := clonemeta.Params{RegionSize: block.SectorFloor(region), TargetSize: block.SectorFloor(length)}
+	if x.store == nil {
+		if err := x.create(x.request.Metadata, clonemeta.Size(p)); err != nil {
+			return false, fmt.Errorf("metadata: %w", err)
+		}
+		if x.store, err = d.openFile(name, x.request.Metadata, file.Options{}); err != nil {
+			return false, fmt.Errorf("metadata: %w", err)
+		}
+	}
+	if x.meta, err = clonemeta.Format(x.store, p); err != nil {
+		return false, fmt.Errorf("metadata %s: %w", x.request.Metadata, err)
+	}
+	return zero, nil
+}
+
+// create makes a sparse file that is to be removed if the clone is not made after all.
+func (x *cloned) create(path string, length int64) error {
+	made, err := file.Create(path, length, file.Options{})
+	if err != nil {
+		return err
+	}
+	x.made = append(x.made, path)
+	return errors.Join(made.Close(), syncDir(filepath.Dir(path)))
+}
+
+// makeDestination opens the destination, a file that is made if there is none.
+func (d *Daemon) makeDestination(name string, r *api.AttachRequest, x *cloned, length int64) (zero bool, err error) {
+	zero = x.request.DestinationIsZero
+	if _, err := os.Stat(r.Device); errors.Is(err, fs.ErrNotExist) {
+		if err := x.create(r.Device, length); err != nil {
+			return false, err
+		}
+		zero = true
+	}
+	if x.dest, err = d.openFile(name, r.Device, file.Options{Direct: r.Direct}); err != nil {
+		return false, err
+	}
+	if zero || x.request.Overwrite {
+		return zero, nil
+	}
+	empty, err := isEmpty(r.Device, x.dest)
+	if err == nil && !empty {
+		err = api.Errorf(syscall.EEXIST, "%s holds something already, and there is no metadata of a clone that it might be: to let "+
+			"the clone take its place, say so (--overwrite)", r.Device)
+	}
+	return false, err
+}
+
+// isEmpty tells whether a file has no data, or a block device begins with zeroes.
+func isEmpty(path string, d *backing) (empty bool, err error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return false, err
+	}
+	if l, ok := d.leaf.(block.ExtentLister); ok && info.Mode().IsRegular() {
+		err = l.Extents(0, d.Size(), func(e block.Extent) bool {
+			empty = e.Zero
+			return empty
+		})
+		return empty, err
+	}
+	p := make([]byte, min(glance, d.Size()))
+	err = block.Read(d, p, 0)
+	return len(bytes.Trim(p, "\x00")) == 0, err
+}
+
+// startClone puts everything together.
+func (d *Daemon) startClone(name string, r *api.AttachRequest, x *cloned, zero bool) (err error) {
+	c := &x.request
+	batch := c.Batch
+	if batch == 0 {
+		batch = uint32(max(1, batchBytes/x.meta.RegionSize().Bytes()))
+	}
+	threshold := c.Threshold
+	if threshold == 0 {
+		threshold = max(batch, uint32(max(1, hydrationBytes/x.meta.RegionSize().Bytes())))
+	}
+	order := clone.Sequential
+	if c.Order == api.OrderHottest {
+		order = clone.Hottest
+	}
+	config := clone.Config{
+		Name: name, Destination: x.dest.leaf, Metadata: x.meta, Engine: x.engine,
+		Hydration: clone.Hydration{
+			Disabled: c.NoHydration, Threshold: threshold, Batch: batch, PromoteOnRead: !c.NoPromoteOnRead, Order: order,
+		},
+		NoDiscardPassdown: c.NoDiscardPassdown, DestinationIsZero: zero,
+		Event: func(e clone.Event) { d.cloneEvent(name, x, e) },
+	}
+	if src := x.currentSource(); src != nil {
+		config.Source = src.Device
+	}
+	x.Clone, err = clone.New(config)
+	return err
+}
+
+// cloneEvent tells what has happened to a clone.
+func (d *Daemon) cloneEvent(name string, x *cloned, e clone.Event) {
+	types := map[clone.EventKind]string{
+		clone.EventHydrated: api.EventCloneHydrated, clone.EventMode: api.EventCloneMode,
+		clone.EventRegionFailed: api.EventHydrationFailed, clone.EventStopped: api.EventHydrationStopped,
+	}
+	d.bus.publish(api.Event{Type: types[e.Kind], Name: name, Cause: causeOf(e.Err)})
+	if e.Kind == clone.EventHydrated {
+		d.tasks.Go(func() {
+			if err := x.closeSource(); err != nil {
+				d.log.Warn("the source of a clone could not be closed", "name", name, "error", err)
+			}
+		})
+	}
+}
+
+// currentSource is the source; nil: it is no longer used.
+func (x *cloned) currentSource() *source {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.source
+}
+
+// closeSource lets go of the source, if that has not been done.
+func (x *cloned) closeSource() error {
+	x.mu.Lock()
+	src := x.source
+	x.source = nil
+	x.mu.Unlock()
+	if src == nil {
+		return nil
+	}
+	return src.close()
+}
+
+// Close ends a clone that nobody uses any more.
+func (x *cloned) Close() error {
+	err := x.Clone.Close()
+	if x.Status().Mode != clone.ReadWrite {
+		err = nil // all have been told
+	}
+	return errors.Join(err, x.release())
+}
+
+// release closes everything below the target, as far as it is open.
+func (x *cloned) release() error {
+	err := x.engine.Close()
+	if x.meta != nil {
+		err = errors.Join(err, x.meta.Close())
+	}
+	for _, b := range []*backing{x.store, x.dest} {
+		if b != nil {
+			err = errors.Join(err, b.close())
+		}
+	}
+	return errors.Join(err, x.closeSource())
+}
+
+// sourceName is the name of a device or snapshot of this daemon that a source stands for, if it does.
+func sourceName(text string) (string, bool) {
+	return text, text != "" && !filepath.IsAbs(text) && !nbd.IsURI(text)
+}
+
+// openSource opens what is to be cloned.
+func (d *Daemon) openSource(name string, x *cloned) error {
+	var src *source
+	var err error
+	text := x.request.Source
+	if device, named := sourceName(text); named {
+		src, err = d.borrow(name, device)
+	} else if nbd.IsURI(text) {
+		src, err = openRemote(d.ending, text)
+	} else {
+		var b *backing
+		if b, err = d.openShared(text); err == nil {
+			src = &source{Device: b.leaf, close: b.close}
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("source: %w", err)
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.source = src
+	return nil
+}
+
+// openRemote connects to an export.
+func openRemote(ctx context.Context, uri string) (*source, error) {
+	c, err := nbd.ParseURI(uri)
+	if err != nil {
+		return nil, invalid(err)
+	}
+	c.Connections, c.ReconnectTimeout = sourceConns, sourceTimeout
+	ctx, cancel := context.WithTimeout(ctx, sourceTimeout)
+	defer cancel()
+	opened, err := nbd.Open(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	return &source{Device: opened, close: opened.Close}, nil
+}
+
+// borrow makes a clone the user of a device or snapshot of this daemon, which cannot be removed as long.
+func (d *Daemon) borrow(name, device string) (*source, error) {
+	origin, _, isSnapshot := strings.Cut(device, "@")
+	o, err := d.names.origin(origin)
+	if err != nil {
+		return nil, err
+	}
+	e := &o.entry
+	if isSnapshot {
+		s := o.snap(device)
+		if s == nil {
+			return nil, noDevice(device)
+		}
+		e = &s.entry
+	}
+	u, err := e.open(fmt.Sprintf("clone %q", name))
+	if err != nil {
+		return nil, err
+	}
+	if !isSnapshot && !e.device.Limits().ReadOnly {
+		e.release(u)
+		return nil, api.Errorf(syscall.EBUSY, "%s is written: take a snapshot of it, and clone that", device)
+	}
+	return &source{Device: e.device, close: func() error { e.release(u); return nil }}, nil
+}
+
+// Hydrate changes how a clone is hydrated.
+func (d *Daemon) Hydrate(ctx context.Context, name string, r api.HydrationRequest) (api.Device, error) {
+	o, err := d.lockOrigin(ctx, name)
+	if err == nil {
+		defer o.unlock()
+		err = d.hydrate(o, &r)
+	}
+	if err != nil {
+		return api.Device{}, fmt.Errorf("hydrate %q: %w", name, err)
+	}
+	return d.describeOrigin(o), nil
+}
+
+// hydrate does it for an origin whose operations are the caller's. What changes is remembered before it does.
+func (d *Daemon) hydrate(o *origin, r *api.HydrationRequest) error {
+	x := o.cloned
+	if x == nil {
+		return api.Errorf(syscall.EINVAL, "it is not a clone")
+	}
+	err := d.saved.change(func(c *content) {
+		saved := c.device(o.name)
+		if saved == nil {
+			return
+		}
+		known := &saved.Request.Clone
+		if r.Running != nil {
+			known.NoHydration = !*r.Running
+		}
+		if r.Threshold != 0 {
+			known.Threshold = r.Threshold
+		}
+		if r.Batch != 0 {
+			known.Batch = r.Batch
+		}
+	})
+	if err != nil {
+		return err
+	}
+	if r.Threshold != 0 {
+		x.SetThreshold(r.Threshold)
+	}
+	if r.Batch != 0 {
+		x.SetBatch(r.Batch)
+	}
+	if r.Retry {
+		x.Retry()
+	}
+	if r.Running != nil {
+		x.SetHydration(*r.Running)
+	}
+	return nil
+}
+
+// describeClone adds what a clone has beside other devices.
+func (d *Daemon) describeClone(o *origin, to *api.Device) {
+	x := o.cloned
+	st := x.Status()
+	to.Kind = api.KindClone
+	if o.merging() == nil {
+		to.Target, to.TargetStatus = "clone", st.String()
+	}
+	order := x.request.Order
+	if order == "" {
+		order = api.OrderSequential
+	}
+	to.Clone = &api.Clone{
+		Source: x.request.Source, SourceInUse: st.SourceInUse, Metadata: x.request.Metadata,
+		RegionBytes: st.RegionSize.Bytes(), Regions: st.Regions, Hydrated: st.Hydrated, Hydrating: st.Hydrating,
+		Running: st.Enabled, Threshold: st.Threshold, Batch: st.Batch, PromoteOnRead: !x.request.NoPromoteOnRead, Order: order,
+		Passdown: st.Passdown, Mode: st.Mode.String(), Cause: causeOf(st.Cause), FailedRegions: st.Failed,
+		FirstError: causeOf(st.FirstError), Stopped: st.Stopped, TableBytes: st.TableBytes, Commits: st.Commits,
+		Kcopyd: d.describeEngine(x.engine),
+	}
+}
