@@ -37,26 +37,30 @@ type liveClone struct {
 	completed chan struct{} // closed when all is hydrated
 }
 
-// open makes the clone live; metadata that is still empty is formatted. slow: its source has a gate, but not all the powers of a file.
-func (c *clone) open(slow bool) (l *liveClone, err error) {
-	l = &liveClone{t: c.t, completed: make(chan struct{})}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, l.closeFiles())
-		}
-	}()
+// open makes the clone live; metadata that is still empty is formatted. slow: its source has a gate, but not all the
+// powers of a file.
+func (c *clone) open(slow bool) (*liveClone, error) {
+	l := &liveClone{t: c.t, completed: make(chan struct{})}
+	if err := l.start(c, slow); err != nil {
+		return nil, errors.Join(err, l.closeFiles())
+	}
+	return l, nil
+}
+
+func (l *liveClone) start(c *clone, slow bool) error {
 	for i, path := range []string{c.sourcePath, c.destPath, c.metaPath} {
 		f, err := file.Open(path, file.Options{ReadOnly: i == 0})
 		if err != nil {
-			return nil, err
+			return err
 		}
 		l.files = append(l.files, f)
 	}
+	var err error
 	if l.metadata, err = clonemeta.Open(l.files[2], c.params()); errors.Is(err, clonemeta.ErrUnformatted) {
 		l.metadata, err = clonemeta.Format(l.files[2], c.params())
 	}
 	if err != nil {
-		return nil, err
+		return err
 	}
 	source := block.Device(l.files[0])
 	if slow {
@@ -67,20 +71,23 @@ func (c *clone) open(slow bool) (l *liveClone, err error) {
 	l.target, err = target.New(target.Config{
 		Name: "clone", Source: source, Destination: l.files[1], Metadata: l.metadata, Engine: l.engine,
 		Hydration: target.Hydration{Disabled: true, Threshold: c.threshold, Batch: c.batch},
-		Event: func(e target.Event) {
-			if e.Kind == target.EventHydrated {
-				close(l.completed)
-			} else {
-				c.t.Errorf("event %d: mode %v, %v", e.Kind, e.Mode, e.Err)
-			}
-		},
+		Event:     l.event,
 	})
 	if err != nil {
-		return nil, errors.Join(err, l.engine.Close(), l.metadata.Close())
+		return errors.Join(err, l.engine.Close(), l.metadata.Close())
 	}
 	l.device = dm.NewDevice("clone", l.target, false)
 	l.target.Resume()
-	return l, nil
+	return nil
+}
+
+// event takes what the target tells: nothing may fail.
+func (l *liveClone) event(e target.Event) {
+	if e.Kind == target.EventHydrated {
+		close(l.completed)
+		return
+	}
+	l.t.Errorf("event %d: mode %v, %v", e.Kind, e.Mode, e.Err)
 }
 
 func (l *liveClone) closeFiles() (err error) {

@@ -14,12 +14,13 @@ import (
 const (
 	metaBlock = 4 * kib
 	// Places in the superblock, which is block 0.
-	superBitset  = 188 // root of the bitset: the number of a block of a B-tree
-	nodeInternal = 1   // flag of a B-tree's block: its values are blocks of the tree
-	nodeHeader   = 32  // bytes of a B-tree's block before the keys
-	nodeEntries  = 252 // for which there is room in one whose values have 8 bytes
-	arrayHeader  = 24  // bytes of a block of the bitset before its words
-	metaDepth    = 8   // of any tree at most
+	superSpaceMap = 44 + 16 // root of the space map: the number of its index block
+	superBitset   = 188     // root of the bitset: the number of a block of a B-tree
+	nodeInternal  = 1       // flag of a B-tree's block: its values are blocks of the tree
+	nodeHeader    = 32      // bytes of a B-tree's block before the keys
+	nodeEntries   = 252     // for which there is room in one whose values have 8 bytes
+	arrayHeader   = 24      // bytes of a block of the bitset before its words
+	metaDepth     = 8       // of any tree at most
 )
 
 // metaImage is the contents of a metadata device.

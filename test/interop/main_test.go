@@ -1,7 +1,7 @@
 //go:build interop
 
-// Package interop hands persistent snapshots to and fro between cowherd and Linux, whose format they have. The kernel is
-// a real one, in a guest under emulation; see README.md.
+// Package interop hands persistent snapshots and clones to and fro between cowherd and Linux, whose formats they have.
+// The kernel is a real one, in a guest under emulation; see README.md.
 //
 // In both directions a store that one has written is opened by the other, which must see the same view, by its
 // checksum, and count the same usage; it writes on, and hands the store back. A model, two byte slices to which the same

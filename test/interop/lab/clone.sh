@@ -29,14 +29,23 @@ slow_source() {
 	dmsetup resume slow
 }
 
-# hydrate PERCENT [MS]: hydrates in the background, until so much of what was not hydrated is, or a little more. The source
-# is as slow meanwhile, so that hydration is caught at work. When it is stopped it ends with what it has begun.
-hydrate() {
-	slow_source ${2-0}
-	set -- "$1" $(status clone)
-	want=$((${5%/*} + (${5#*/} - ${5%/*}) * $1 / 100))
+# start_hydration MS: hydrates in the background. The source is as slow meanwhile, so that it lasts for a while.
+start_hydration() {
+	slow_source "$1"
 	dmsetup message clone 0 enable_hydration
-	while [ "$(hydrated)" -lt "$want" ]; do sleep 0.02; done
+}
+
+# await_hydrated COUNT: waits until so many regions are hydrated, or all.
+await_hydrated() {
+	while set -- "$1" $(status clone) && [ "${5%/*}" -lt "$1" ] && [ "${5%/*}" -lt "${5#*/}" ]; do sleep 0.02; done
+}
+
+# hydrate PERCENT [MS]: hydrates in the background, until so much of what was not hydrated is, or a little more: a
+# hydration that is stopped ends with what it has begun.
+hydrate() {
+	set -- "$1" "${2-0}" $(status clone)
+	start_hydration "$2"
+	await_hydrated $((${6%/*} + (${6#*/} - ${6%/*}) * $1 / 100))
 	dmsetup message clone 0 disable_hydration
 	while set -- $(status clone) && [ "$5" -gt 0 ]; do sleep 0.02; done
 	slow_source 0
