@@ -29,8 +29,6 @@ const (
 	offloadFloor = 16 << 10
 	// offloadMax bounds what one sub-job takes to a lane at a time, in bytes, so that nobody waits long behind it.
 	offloadMax = 64 << 20
-	// methodsMax is the number of methods that there are.
-	methodsMax = int(block.CopyServer)
 )
 
 // A reason is why a part of a job was read and written although it might have been offloaded.
