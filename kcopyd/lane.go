@@ -10,7 +10,7 @@ import "sync"
 // read and written after all, keeps nobody waiting.
 type lane struct {
 	core  *core
-	limit int    // calls at a time // +checklocksignore: it never changes
+	limit int    // +checklocksignore: never changes; calls at a time
 	start func() // work, bound to the lane once, so that starting a goroutine allocates nothing
 
 	mu sync.Mutex

@@ -29,7 +29,7 @@ func (l *Link) Bytes() (up, down int64) { return l.up.total(), l.down.total() }
 // A timeline is something that moves one thing at a time, at a constant rate.
 type timeline struct {
 	start time.Time
-	rate  int64 // bytes a second; 0: at once // +checklocksignore: it never changes
+	rate  int64 // +checklocksignore: never changes; bytes a second, 0: at once
 	mu    sync.Mutex
 	// +checklocks:mu
 	busy time.Duration // since start: until then all time is taken
