@@ -217,7 +217,7 @@ func guestOffload(name string, args []string) error {
 			return err
 		}
 	}
-	result, methods := offload(d, s, to, from, length, mode, seed)
+	methods, result := offload(d, s, to, from, length, mode, seed)
 	if result == nil {
 		fmt.Printf("%s: ok\n", name)
 	} else {
@@ -248,11 +248,11 @@ func (c *counting) Copy(m block.CopyMethod, source block.Device, from, to, lengt
 }
 
 // offload copies and checks, and tells by what method in how many calls.
-func offload(d, s *file.Device, to, from, length int64, mode string, seed int64) (result error, methods string) {
+func offload(d, s *file.Device, to, from, length int64, mode string, seed int64) (methods string, result error) {
 	want := pattern(seed, length)
 	if mode != "copy" {
 		if err := errors.Join(block.Write(s, want, from), block.Write(d, pattern(seed+100, length), to)); err != nil {
-			return err, ""
+			return "", err
 		}
 	}
 	engine := kcopyd.NewScaled(kcopyd.Config{})
@@ -268,14 +268,14 @@ func offload(d, s *file.Device, to, from, length int64, mode string, seed int64)
 		methods += fmt.Sprintf("%s: %d calls", m.Method, counted.calls.Load())
 	}
 	if err := engine.Close(); err != nil || result != nil || mode == "copy" {
-		return errors.Join(result, err), methods
+		return methods, errors.Join(result, err)
 	}
 	got := make([]byte, length)
 	if err := block.Read(d, got, to); err != nil {
-		return err, methods
+		return methods, err
 	}
 	if !bytes.Equal(got, want) {
-		return errors.New("the destination holds something else"), methods
+		return methods, errors.New("the destination holds something else")
 	}
-	return nil, methods
+	return methods, nil
 }
