@@ -65,7 +65,7 @@ func (h *mappedHost) Open(arg string, _ bool, user string) (dm.Lower, error) {
 		made, err := openNull(rest)
 		return h.own(arg, made, err)
 	case strings.HasPrefix(rest, "//") && strings.HasPrefix(kind, "nbd"):
-		made, err := openNBD(arg)
+		made, err := h.openNBD(arg)
 		return h.own(arg, made, err)
 	case filepath.IsAbs(arg):
 		return h.openShared(arg, arg)
@@ -73,13 +73,17 @@ func (h *mappedHost) Open(arg string, _ bool, user string) (dm.Lower, error) {
 	return h.openManaged(arg, user)
 }
 
-// openNBD connects to an NBD server.
-func openNBD(uri string) (leaf, error) {
+// openNBD connects to an NBD server. What becomes of its connections is in the log.
+func (h *mappedHost) openNBD(uri string) (leaf, error) {
 	c, err := nbd.ParseURI(uri)
 	if err != nil {
 		return nil, invalid(err)
 	}
 	c.Connections = nbdConnections
+	where := c.URI()
+	c.OnEvent = func(e nbd.Event) {
+		h.daemon.log.Warn("NBD server: "+e.Kind.String(), "uri", where, "connection", e.Connection, "cause", causeOf(e.Err))
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), nbdOpenMax)
 	defer cancel()
 	return nbd.Open(ctx, c)
