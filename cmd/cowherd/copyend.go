@@ -148,8 +148,10 @@ const connectionsDefaultMax = 8
 
 // openExport connects to an export.
 func (c *copyCmd) openExport(ctx context.Context, e *copyEnd) error {
-	e.uri.Connections = c.Connections
-	if c.Connections == 0 {
+	if c.Connections > 0 {
+		e.uri.Connections = c.Connections
+	}
+	if e.uri.Connections == 0 { // the URI does not say either
 		e.uri.Connections = min(runtime.GOMAXPROCS(0), connectionsDefaultMax)
 	}
 	d, err := nbd.Open(ctx, e.uri)
