@@ -7,10 +7,16 @@
 //	"vm@nightly"  COW device -> cowstore.Transient -> snapshot.Snapshot -> dm.Device     -> NBD export "vm@nightly"
 //	"vm@stable"   COW device -> cowstore.Persistent -> ...
 //
+//	"big"         whatever its table says      -> dm.Mapper's device             -> NBD export "big"
+//
 // While "vm@stable" is merged into "vm", both mapped devices have one snapshot.Merge in place of their targets.
 //
 // Each snapshot has a copy engine of its own, as the kernel has a kcopyd client for each: one COW device that hangs
 // does not take the buffers of the others, and closing the engine proves that nothing is copied any more.
+//
+// Mapped devices (dm.go) are made of tables, by the device mapper's verbs. They are not in the state file. A table that
+// lies on an attached device or a snapshot is one of its users, as a client is; files and block devices are shared by
+// all tables that name them (dmhost.go), but with nothing else.
 //
 // # A snapshot is taken
 //
@@ -55,6 +61,10 @@
 //
 // # Lock order
 //
+//	dm's verbs          of one mapped device: opening what its table lies on comes below
+//	  mappedHost.mu     held while a file is opened, so that it is opened once
+//	    registry.mu
+//	  entry.mu
 //	origin.operation    a semaphore held for a whole operation on an origin or one of its snapshots, device I/O
 //	                    included: waiting for it ends with the waiter's context, and what runs under it is bounded by
 //	                    SuspendTimeout, but for opening, flushing and closing files

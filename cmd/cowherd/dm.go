@@ -10,6 +10,8 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/alecthomas/kong"
+
 	"cowherd/api"
 )
 
@@ -66,7 +68,7 @@ type dmFlags struct {
 	Columns      bool   `short:"c" help:"info: one line for each device."`
 	ColumnsToo   bool   `short:"C" hidden:"" name:"columns-too"`
 	Options      string `short:"o" placeholder:"LIST" help:"info: the columns, with + in front: besides the usual ones. ls, deps: devno, blkdevname, devname; ls --tree: its options."`
-	Sort         string `short:"O" placeholder:"LIST" help:"info -c: sort by these columns, with - in front: downwards."`
+	Sort         dashed `short:"O" placeholder:"LIST" help:"info -c: sort by these columns, with - in front: downwards."`
 	Noheadings   bool   `help:"info -c: no headings."`
 	Separator    string `placeholder:"TEXT" help:"info -c: what stands between columns, which are then not aligned."`
 	Nameprefixes bool   `help:"info -c: NAME='VALUE' for each column."`
@@ -89,6 +91,19 @@ type dmFlags struct {
 	GID              string `name:"gid" short:"G" hidden:""`
 	Mode             string `short:"M" hidden:""`
 	LibraryAndDriver bool   `name:"version" hidden:""`
+}
+
+// dashed is the value of a flag that may begin with a dash.
+type dashed string
+
+// Decode takes the next word, whatever it looks like.
+func (d *dashed) Decode(ctx *kong.DecodeContext) error {
+	token := ctx.Scan.Pop()
+	if token.IsEOL() {
+		return fmt.Errorf("missing value, expecting a list")
+	}
+	*d = dashed(token.String())
+	return nil
 }
 
 func (dmCmd) Help() string {

@@ -181,7 +181,7 @@ func (r *dmRun) sortDevices(devices, all []api.DMDevice) error {
 		down   bool
 	}
 	var keys []key
-	for name := range strings.SplitSeq(r.flags.Sort, ",") {
+	for name := range strings.SplitSeq(string(r.flags.Sort), ",") {
 		c, err := findColumn(strings.TrimLeft(name, "+-"))
 		if err != nil {
 			return err

@@ -218,6 +218,17 @@ func (c *dmLsCmd) Run(s *session) error {
 		return err
 	}
 	defer r.client.Close()
+	numbers := "%d:%d"
+	if r.flags.Target != "" {
+		numbers, r.flags.Options = "%d, %d", ""
+	}
+	name, err := r.naming(numbers)
+	if r.flags.Tree {
+		err = r.checkTreeOptions()
+	}
+	if err != nil {
+		return err
+	}
 	devices, err := r.client.DMDevices(r)
 	if err != nil {
 		return err
@@ -235,14 +246,6 @@ func (c *dmLsCmd) Run(s *session) error {
 		return err
 	case r.flags.Tree:
 		return r.printTree(devices)
-	}
-	numbers := "%d:%d"
-	if r.flags.Target != "" {
-		numbers, r.flags.Options = "%d, %d", ""
-	}
-	name, err := r.naming(numbers)
-	if err != nil {
-		return err
 	}
 	for i := range devices {
 		d := &devices[i]

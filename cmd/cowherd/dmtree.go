@@ -23,13 +23,20 @@ var treeOptions = []string{
 	"notrunc",
 }
 
-// printTree draws devices from the top down or, inverted, from the bottom up.
-func (r *dmRun) printTree(devices []api.DMDevice) error {
-	t := dmTree{options: map[string]bool{}, devices: map[string]*api.DMDevice{}, next: map[string][]api.DMDep{}}
+// checkTreeOptions checks the words of ls --tree -o.
+func (r *dmRun) checkTreeOptions() error {
 	for word := range strings.SplitSeq(r.flags.Options, ",") {
 		if word != "" && !slices.Contains(treeOptions, word) {
 			return usagef("--options %q: of a tree: %s", word, strings.Join(treeOptions, ", "))
 		}
+	}
+	return nil
+}
+
+// printTree draws devices from the top down or, inverted, from the bottom up.
+func (r *dmRun) printTree(devices []api.DMDevice) error {
+	t := dmTree{options: map[string]bool{}, devices: map[string]*api.DMDevice{}, next: map[string][]api.DMDep{}}
+	for word := range strings.SplitSeq(r.flags.Options, ",") {
 		t.options[word] = true
 	}
 	roots := t.link(devices)
