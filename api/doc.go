@@ -377,7 +377,7 @@ const (
 	EventCloneHydrated      = "clone-hydrated"    // everything is, and the source is no longer used
 	EventCloneMode          = "clone-mode"        // it became read-only, or failed
 	EventHydrationFailed    = "hydration-failed"  // a region could not be copied and was given up
-	EventHydrationStopped   = "hydration-stopped" // because too many were
+	EventHydrationStopped   = "hydration-stopped" // with regions that were given up, or because too many were
 	EventClientConnected    = "client-connected"
 	EventClientDisconnected = "client-disconnected"
 	// EventDeviceLost and EventSnapshotLost tell at a start of the daemon of what is not there any more.

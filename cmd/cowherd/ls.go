@@ -53,6 +53,10 @@ func (c *lsCmd) Run(s *session) error {
 		if x := d.Snapshot; x != nil && d.State != api.StateLost {
 			chunk, cow = size.Human(x.ChunkBytes), share(x.AllocatedBytes, x.TotalBytes)
 		}
+		if x := d.Clone; x != nil {
+			chunk = size.Human(x.RegionBytes)
+			cow = share(int64(x.Hydrated)*x.RegionBytes, int64(x.Regions)*x.RegionBytes)
+		}
 		list.add(d.Name, length, d.Kind, chunk, cow, d.State, strconv.Itoa(len(d.Users)))
 	}
 	return list.write(s.stdout)

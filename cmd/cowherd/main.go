@@ -32,6 +32,8 @@ type cli struct {
 	Attach        attachCmd        `cmd:"" help:"Make a disk image or block device a live device."`
 	Detach        detachCmd        `cmd:"" help:"Flush a live device and let go of it."`
 	Snapshot      snapshotCmd      `cmd:"" help:"Freeze what a live device holds."`
+	Clone         cloneCmd         `cmd:"" help:"Make a copy of an image, device or export that can be used at once."`
+	Hydrate       hydrateCmd       `cmd:"" help:"Say how a clone is copied in the background, or wait for it."`
 	Rm            rmCmd            `cmd:"" help:"Drop a snapshot."`
 	Resize        resizeCmd        `cmd:"" help:"Give a snapshot more room for copied chunks."`
 	Merge         mergeCmd         `cmd:"" help:"Roll a live device back to a snapshot."`

@@ -115,6 +115,12 @@ func TestUsage(t *testing.T) {
 		{"ls --colour", "unknown flag --colour"},
 		{"ls extra", "unexpected argument extra"},
 		{"attach vm", "<device>"},
+		{"clone web web.img", "--from"},
+		{"clone web --from x", "<destination>"},
+		{"clone web --from x y --order random", "--order"},
+		{"clone web --from x y --promote-on-read=perhaps", "--promote-on-read"},
+		{"hydrate web --start --stop", "--stop"},
+		{"hydrate web --threshold=-1", "--threshold"},
 		{"attach vm disk --direct=perhaps", "--direct"},
 		{"snapshot", "<name@snap>"},
 		{"snapshot vm@a --chunk", "--chunk"},
@@ -167,6 +173,8 @@ func TestHelp(t *testing.T) {
 	for _, command := range []string{
 		"serve", "attach", "detach", "snapshot", "rm", "resize", "merge", "throttle", "ls", "status", "events", "cow", "copy", "version",
 		"completion",
+		"serve", "attach", "detach", "snapshot", "clone", "hydrate", "rm", "resize", "merge", "ls", "status", "events", "cow", "copy",
+		"version", "completion",
 	} {
 		if !strings.Contains(r.stdout, "\n  "+command+" ") {
 			t.Errorf("no %s in the help", command)
@@ -184,6 +192,7 @@ func TestNoDaemon(t *testing.T) {
 	t.Setenv("COWHERD_CONTROL", filepath.Join(t.TempDir(), "none.sock"))
 	for _, args := range []string{
 		"ls", "status", "status vm", "attach vm mem:1M", "detach vm", "snapshot vm@a", "rm vm@a", "events", "ls --json",
+		"clone web --from /x web.img", "clone web --from x web.img", "hydrate web", "hydrate web --wait",
 		"resize vm@a 1M", "merge vm@a", "merge vm@a --wait", "status --dm",
 		"throttle", "throttle --class cow --rate 1M", "throttle --off",
 	} {
@@ -245,6 +254,54 @@ func TestCommands(t *testing.T) {
 		t.Errorf("events since 3: %q", r.stdout)
 	}
 	cowherd(t, "events", "--since", "99").want(t, exitError, "", "no event 99")
+}
+
+// TestClone goes through the life of a clone by the command line.
+func TestClone(t *testing.T) {
+	dir := serve(t)
+	t.Chdir(dir)
+	data := bytes.Repeat([]byte("golden"), 1<<20/6+1)[:1<<20]
+	if err := os.WriteFile("golden.img", data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cowherd(t, "clone", "web", "--from", "golden.img", "web.img", "--no-hydration", "--region-size", "16k", "--hydration-threshold", "8",
+		"--hydration-batch-size", "2", "--promote-on-read=off", "--order", "hottest").
+		want(t, exitOK, "web: cloned from golden.img, 1 MiB, 0 of 64 regions hydrated (0.0%), nbd+unix:///web?socket=", "")
+	cowherd(t, "clone", "other", "--from", "golden.img", "golden.img").want(t, exitError, "", "golden.img is in use")
+	cowherd(t, "clone", "other", "--from", "none", "other.img").want(t, exitError, "", "none: no such file")
+	cowherd(t, "clone", "other", "--from", "web@none", "other.img").want(t, exitError, "", `there is no device "web@none"`)
+	cowherd(t, "ls").want(t, exitOK, "web   1 MiB  clone  16 KiB  0 B of 1 MiB (0.0%)  live       0\n", "")
+	cowherd(t, "status", "--dm", "web").want(t, exitOK, "0 2048 clone 8 ", "")
+	status := cowherd(t, "status", "web")
+	for _, text := range []string{
+		"\n  source         " + dir + "/golden.img\n", "\n  regions        0 of 64 regions hydrated (0.0%)\n", "\n  hydration      stopped\n",
+		"at most 8, 2 in one copy; hottest, promote on read off\n", "\n  mode           rw\n",
+	} {
+		status.want(t, exitOK, text, "")
+	}
+	cowherd(t, "hydrate", "web").want(t, exitOK, "web: 0 of 64 regions hydrated (0.0%), stopped\n", "")
+	cowherd(t, "hydrate", "web", "--wait").want(t, exitError, "", "hydration of web is stopped")
+	cowherd(t, "snapshot", "web@a", "--persistent", "--read-only").want(t, exitOK, "web@a: taken", "")
+	cowherd(t, "clone", "second", "--from", "web@a", "second.img", "--no-hydration").want(t, exitOK, "second: cloned from web@a", "")
+	cowherd(t, "rm", "web@a").want(t, exitError, "", `web@a is in use by clone "second"`)
+	cowherd(t, "hydrate", "second", "--start", "--wait", "--threshold", "4", "--batch-size", "1").
+		want(t, exitOK, "second: 16 of 16 regions hydrated (100.0%), done, the source is no longer used\n", "")
+	cowherd(t, "hydrate", "web", "--start", "--retry", "--wait", "--json").want(t, exitOK, `"source_in_use": false`, "")
+	cowherd(t, "hydrate", "web", "--stop", "--wait").want(t, exitOK, "done", "")
+	cowherd(t, "hydrate", "web@a").want(t, exitError, "", "web@a")
+	if got, err := os.ReadFile("second.img"); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("the copy of the copy is none: %v", err)
+	}
+	cowherd(t, "events", "--no-follow").want(t, exitOK, "clone-hydrated       second\n", "")
+	cowherd(t, "detach", "second").want(t, exitOK, "second: detached", "")
+	cowherd(t, "clone", "second", "--from", "golden.img", "second.img").want(t, exitOK, "16 of 16 regions hydrated", "")
+	if err := os.Remove("second.img.clone-metadata"); err != nil {
+		t.Fatal(err)
+	}
+	cowherd(t, "detach", "second").want(t, exitOK, "second: detached", "")
+	cowherd(t, "clone", "second", "--from", "golden.img", "second.img").want(t, exitError, "", "--overwrite")
+	cowherd(t, "clone", "second", "--from", "golden.img", "second.img", "--overwrite", "--metadata", "m", "--direct=false",
+		"--destination-is-zero", "--no-discard-passdown", "--no-hydration").want(t, exitOK, "0 of 16 regions hydrated", "")
 }
 
 // TestPersistent goes through the life of a persistent snapshot by the command line.

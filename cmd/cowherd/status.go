@@ -170,6 +170,9 @@ func printDevice(w io.Writer, d *api.Device) error {
 	if d.Snapshot != nil {
 		putSnapshot(t, d.Snapshot)
 	}
+	if d.Clone != nil {
+		putClone(t, d.Clone)
+	}
 	for _, uri := range d.URIs {
 		t.put("export", uri)
 	}
@@ -196,7 +199,35 @@ func putSnapshot(t *sheet, x *api.Snapshot) {
 	}
 	t.putf("chunks", "%d copied, %d overwritten, %d in flight", x.CopiedChunks, x.OverwrittenChunks, x.PendingExceptions)
 	t.put("table", exactSize(x.TableBytes))
-	k := &x.Kcopyd
+	putKcopyd(t, &x.Kcopyd)
+}
+
+// putClone adds what only clones have.
+func putClone(t *sheet, x *api.Clone) {
+	t.put("source", x.Source)
+	t.put("metadata", x.Metadata)
+	t.put("region", size.Human(x.RegionBytes))
+	t.put("regions", hydrated(x))
+	t.put("hydration", hydrationState(x))
+	if x.SourceInUse {
+		promote := "off"
+		if x.PromoteOnRead {
+			promote = "on"
+		}
+		t.putf("copying", "%d regions; at most %d, %d in one copy; %s, promote on read %s", x.Hydrating, x.Threshold, x.Batch, x.Order,
+			promote)
+	}
+	if x.FailedRegions > 0 {
+		t.putf("failed", "%d regions, the first: %s", x.FailedRegions, x.FirstError)
+	}
+	t.put("mode", x.Mode)
+	t.put("cause", x.Cause)
+	t.put("table", exactSize(x.TableBytes))
+	putKcopyd(t, &x.Kcopyd)
+}
+
+// putKcopyd adds the counters of a copy engine.
+func putKcopyd(t *sheet, k *api.Kcopyd) {
 	t.putf("kcopyd", "%s: %d jobs, %d errors, %d in flight, %d waiting", k.Engine, k.Jobs, k.Errors, k.JobsInFlight,
 		k.JobsWaiting)
 	for i := range k.Methods {

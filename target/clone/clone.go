@@ -92,7 +92,8 @@ const (
 	EventMode
 	// EventRegionFailed: a region was given up in the background, the first since hydration was last asked to try again.
 	EventRegionFailed
-	// EventStopped: too many regions have failed; hydration stops until it is asked to try again.
+	// EventStopped: hydration has come to its end with regions that have failed, or too many have; it stops until it is
+	// asked to try again.
 	EventStopped
 )
 

@@ -558,6 +558,7 @@ func TestRetries(t *testing.T) {
 		if n := tried.Load(); n < 4 || n > attemptsMax {
 			t.Errorf("the region was tried %d times", n)
 		}
+		x.events.wait(t, EventStopped)
 		synctest.Wait()
 		st := x.Status()
 		if st.Hydrated != st.Regions-1 || st.Failed != 1 || !errors.Is(st.FirstError, syscall.EIO) || e.Err == nil || st.Stopped {

@@ -71,7 +71,7 @@ func (c *Clone) Retry() {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	clear(x.failed)
-	x.firstErr, x.stopped, x.rewind = nil, false, 0
+	x.firstErr, x.stopped, x.told, x.rewind = nil, false, false, 0
 	x.startLocked(x.workers)
 	x.cond.Broadcast()
 }

@@ -95,7 +95,9 @@ type hydrator struct {
 	// Everything is hydrated.
 	complete bool // +checklocks:mu
 	// Too many regions have failed.
-	stopped   bool   // +checklocks:mu
+	stopped bool // +checklocks:mu
+	// EventStopped was told.
+	told      bool   // +checklocks:mu
 	threshold Region // +checklocks:mu
 	batch     Region // +checklocks:mu
 	// Workers that exist.
@@ -473,6 +475,11 @@ func (x *hydrator) copied(h *hydration, err error) {
 	if err != nil && x.clone.mode() == ReadWrite {
 		events = x.failLocked(r, err)
 	}
+	if len(x.failed) > 0 && !x.told && (x.stopped || t.count()+Region(len(x.failed)) >= t.regions) {
+		x.told = true
+		events = append(events, Event{Kind: EventStopped, Err: fmt.Errorf(
+			"clone %q: hydration stops with %d regions that could not be copied, the first: %w", x.clone.name, len(x.failed), x.firstErr)})
+	}
 	if x.alive == 0 {
 		x.startLocked(1)
 	}
@@ -502,11 +509,7 @@ func (x *hydrator) failLocked(r run, err error) (events []Event) {
 		x.firstErr = fmt.Errorf("clone %q: region %d: %w", x.clone.name, r.start, err)
 		events = append(events, Event{Kind: EventRegionFailed, Err: x.firstErr})
 	}
-	if len(x.failed) >= failedMax {
-		x.stopped = true
-		events = append(events, Event{Kind: EventStopped,
-			Err: fmt.Errorf("clone %q: %d regions could not be copied: hydration stops; the first: %w", x.clone.name, failedMax, x.firstErr)})
-	}
+	x.stopped = len(x.failed) >= failedMax
 	return events
 }
 
