@@ -95,9 +95,9 @@ func TestOrder(t *testing.T) {
 // last commit that was acknowledged, or the one of the commit that was running, and nothing has leaked.
 func TestCrash(t *testing.T) {
 	random := newRand(t)
-	images, rounds := 0, 5
+	images, rounds := 0, 12
 	if invariant.Enabled {
-		rounds = 1 // one goroutine: the race detector is here for what is shared by mistake
+		rounds = 3 // one goroutine: the race detector is here for what is shared by mistake
 	}
 	for round := range rounds {
 		r := fault.NewRecorder()
