@@ -11,7 +11,8 @@ const burst = 100 * time.Millisecond
 
 // limiter holds copying to a rate. A nil one does not.
 type limiter struct {
-	rate float64 // bytes a second
+	// rate is in bytes a second.
+	rate float64 // +checklocksignore: it never changes
 
 	mu sync.Mutex
 	// +checklocks:mu

@@ -35,8 +35,9 @@ type batch struct {
 // planner cuts a source into batches, and knows the low-water mark: all before it has been done.
 type planner struct {
 	*transfer
-	copies  bool // not: compares
-	end     int64
+	// copies: what is planned is to be copied, not compared.
+	copies  bool          // +checklocksignore: it never changes
+	end     int64         // +checklocksignore: it never changes
 	changed chan struct{} // the mark may have risen; room for one
 
 	// mu is held while extents are looked up, which may take as long as a round trip: who waits for it wants to know
