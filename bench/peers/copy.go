@@ -153,7 +153,7 @@ func runCopies(ctx context.Context, args []string, stdout, stderr io.Writer) err
 	b := &copyBench{copyOptions: o, progress: stderr}
 	for _, place := range copyPlaces {
 		if err := b.place(ctx, place); err != nil {
-			return fmt.Errorf("%s: %w", place.name, err)
+			return errors.Join(fmt.Errorf("%s: %w", place.name, err), b.write(stdout)) // what there is
 		}
 	}
 	return b.write(stdout)
