@@ -190,7 +190,7 @@ func (b *copyBench) place(ctx context.Context, place copyPlace) (err error) {
 			return nil
 		}
 		defer func() { err = errors.Join(unmount(), err) }()
-		work = mounted
+		return b.cell(ctx, place, images[0], mounted)
 	}
 	for _, image := range images {
 		if err := b.cell(ctx, place, image, work); err != nil {
@@ -368,7 +368,11 @@ func startCopyServer(ctx context.Context, image string) (p *process, socket stri
 	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, "", err
 	}
-	p, err = spawn(filepath.Dir(image), "nbdkit", "--foreground", "--unix", socket, "file", image)
+	home := image + ".server" // its log is put beside it
+	if err := os.MkdirAll(home, 0o700); err != nil {
+		return nil, "", err
+	}
+	p, err = spawn(home, "nbdkit", "--foreground", "--unix", socket, "file", image)
 	if err != nil {
 		return nil, "", err
 	}
