@@ -110,7 +110,7 @@ func TestDMColumns(t *testing.T) {
 	dmsetup(t, "", "create", "--concise", "b,UUID-1,7,,0 8 zero,8 8 linear mem:1M 0;a,,,ro,0 8 linear b 0;c").wantText(t, "")
 	dmsetup(t, "", "table", "--concise").wantText(t,
 		"a,,0,ro,0 8 linear b 0;b,UUID-1,7,rw,0 8 zero ,8 8 linear mem:1M 0;c,,1,rw\n")
-	dmsetup(t, "", "info", "-c").wantText(t, `Name             Maj Min Stat Open Targ  Event UUID                            
+	dmsetup(t, "", "info", "-c").wantText(t, `Name             Maj Min Stat Open Targ Event  UUID                            
 a                253   0 L--r    0    1      0                                 
 b                253   7 L--w    1    2      0 UUID-1                          
 c                253   1 ---w    0    0      0                                 
@@ -122,7 +122,7 @@ c                253   1 ---w    0    0      0
 	dmsetup(t, "", "info", "-c", "--nameprefixes", "--unquoted", "--noheadings", "-o", "name", "a").wantText(t, "DM_NAME=a\n")
 	dmsetup(t, "", "info", "-c", "--noheadings", "-o", "name", "-O", "-minor").wantText(t, "b\nc\na\n")
 	dmsetup(t, "", "info", "-c", "--noheadings", "-o", "name,devs_used,names_using_dev,tables_loaded,read_only", "a", "b").
-		wantText(t, "a b   Live Read-only\nb   a Live Writeable\n")
+		wantText(t, "a:b::Live:Read-only\nb::a:Live:Writeable\n")
 	dmsetup(t, "", "info", "-c", "-o", "colour").want(t, exitUsage, "", "unrecognised field: colour")
 	dmsetup(t, "", "help").want(t, exitOK, "device_ref_count", "")
 	dmsetup(t, "", "ls", "--json").want(t, exitOK, `"uuid": "UUID-1"`, "")

@@ -209,10 +209,11 @@ func (r *dmRun) sortDevices(devices, all []api.DMDevice) error {
 	return nil
 }
 
-// layOut puts rows in columns, or with --separator or --nameprefixes one cell behind the other.
+// layOut puts rows in columns, below headings. Without headings, with --separator or with --nameprefixes one cell stands
+// behind the other.
 func (r *dmRun) layOut(columns []*dmColumn, rows [][]string) string {
 	var b strings.Builder
-	aligned := r.flags.Separator == "" && !r.flags.Nameprefixes
+	aligned := r.flags.Separator == "" && !r.flags.Nameprefixes && !r.flags.Noheadings
 	if !r.flags.Noheadings {
 		headings := make([]string, len(columns))
 		for i, c := range columns {
@@ -221,20 +222,17 @@ func (r *dmRun) layOut(columns []*dmColumn, rows [][]string) string {
 		rows = append([][]string{headings}, rows...)
 	}
 	separator := cmp.Or(r.flags.Separator, either(aligned, " ", ":"))
-	for _, row := range rows {
+	for line, row := range rows {
 		cells := slices.Clone(row)
 		for i, c := range columns {
 			if !aligned {
 				continue
 			}
-			width := 0
-			if !r.flags.Noheadings {
-				width = c.width
-			}
+			width := c.width
 			for _, other := range rows {
 				width = max(width, len(other[i]))
 			}
-			if c.right {
+			if c.right && line > 0 {
 				cells[i] = fmt.Sprintf("%*s", width, cells[i])
 			} else {
 				cells[i] = fmt.Sprintf("%-*s", width, cells[i])
