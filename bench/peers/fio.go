@@ -92,8 +92,12 @@ func parseFio(output []byte) (result, error) {
 	}, nil
 }
 
-// runFio runs fio, whose output goes to a file, and returns what it found and the CPU time it used.
-func runFio(ctx context.Context, dir, output string, args []string) (result, time.Duration, error) {
+// fioInterrupted is the exit status of fio when it has ended early because it was asked to.
+const fioInterrupted = 128
+
+// runFio runs fio, whose output goes to a file, and returns what it found and the CPU time it used. When enough is
+// closed, if it is not nil, fio is asked to end.
+func runFio(ctx context.Context, dir, output string, args []string, enough <-chan struct{}) (result, time.Duration, error) {
 	ctx, cancel := context.WithTimeout(ctx, fioLimit)
 	defer cancel()
 	var stderr bytes.Buffer
@@ -103,10 +107,27 @@ func runFio(ctx context.Context, dir, output string, args []string) (result, tim
 	// Its jobs are processes too. It ends and reaps them when it is asked to; should it hang, nobody else would.
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = stopLimit
-	err := cmd.Run()
+	if err := cmd.Start(); err != nil {
+		return result{}, 0, err
+	}
+	ended, watched := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(watched)
+		select {
+		case <-enough:
+			_ = cmd.Process.Signal(syscall.SIGINT) // an error means that it has ended
+		case <-ended:
+		}
+	}()
+	err := cmd.Wait()
+	close(ended)
+	<-watched
 	if ctx.Err() != nil {
 		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // an error means that none was left
 		return result{}, 0, fmt.Errorf("fio was stopped: %w", context.Cause(ctx))
+	}
+	if enough != nil && cmd.ProcessState.ExitCode() == fioInterrupted {
+		err = nil
 	}
 	if err != nil {
 		return result{}, 0, fmt.Errorf("fio: %w: %s", err, tail(stderr.Bytes()))

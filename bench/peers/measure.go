@@ -37,8 +37,9 @@ type key struct{ stack, step string }
 // measurement is what one step did on one server.
 type measurement struct {
 	result
-	cpu     float64 // of the server, in µs for each request
-	foreign float64 // CPU time of other processes, as a share of one CPU
+	cpu      float64 // of the server, in µs for each request
+	foreign  float64 // CPU time of other processes, as a share of one CPU
+	hydrated float64 // seconds until all was hydrated, in a step that hydrates
 }
 
 // round is one measurement of each step on each server of a cell.
@@ -135,7 +136,7 @@ func (r *runner) measureRound(ctx context.Context, c *cell, n int) (round, error
 	found := round{}
 	for _, name := range []string{ours, c.scenario.peer} {
 		k := r.stacks[name]
-		if k.skipped != "" {
+		if k.skipped != "" || c.scenario.clones() && k.clone == nil {
 			continue
 		}
 		label := fmt.Sprintf("%s round %d %s", c.name(), n, name)
@@ -149,7 +150,7 @@ func (r *runner) measureRound(ctx context.Context, c *cell, n int) (round, error
 // measureServer starts a server, puts it through the steps of a cell, and stops it.
 func (r *runner) measureServer(ctx context.Context, c *cell, k *stack, label string, found round) (err error) {
 	r.started++
-	s, err := startServer(ctx, k, filepath.Join(r.work, fmt.Sprintf("%03d-%s", r.started, k.name)), r.image)
+	s, err := startServer(ctx, k, c.scenario.clones(), filepath.Join(r.work, fmt.Sprintf("%03d-%s", r.started, k.name)), r.image)
 	if err != nil {
 		return err
 	}
@@ -191,7 +192,7 @@ func (r *runner) measureStep(ctx context.Context, s *server, c *cell, index int)
 	if err != nil {
 		return m, err
 	}
-	found, client, err := runFio(ctx, r.work, output, st.job.arguments(s.exports[st.on], c.connections, span, r.seconds))
+	found, client, hydrated, err := r.runStep(ctx, s, c, st, output)
 	if err != nil {
 		return m, err
 	}
@@ -204,10 +205,50 @@ func (r *runner) measureStep(ctx context.Context, s *server, c *cell, index int)
 	}
 	used := after.server - before.server
 	return measurement{
-		result:  found,
+		result: found, hydrated: hydrated.Seconds(),
 		cpu:     float64(used.Nanoseconds()) / 1e3 / float64(found.requests),
 		foreign: foreignShare(after.machine-before.machine, used+client, after.wall.Sub(before.wall)),
 	}, nil
+}
+
+// hydrationLimit is the most time that a hydration may take.
+const hydrationLimit = 2 * time.Minute
+
+// runStep runs fio, the clone hydrating meanwhile or not, and returns what it found, the CPU time it used, and how long
+// the hydration took.
+func (r *runner) runStep(ctx context.Context, s *server, c *cell, st step, output string) (found result, client,
+	hydrated time.Duration, err error) {
+	uri, span := s.exports[st.on], c.scenario.span(r.bytes)
+	if !st.hydrate {
+		found, client, err = runFio(ctx, r.work, output, st.job.arguments(uri, c.connections, span, r.seconds), nil)
+		return found, client, 0, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, hydrationLimit)
+	defer cancel()
+	start := time.Now()
+	if err := s.hydrate(ctx); err != nil {
+		return found, 0, 0, err
+	}
+	done := make(chan struct{})
+	var waiting error
+	go func() {
+		defer close(done)
+		waiting = s.hydrated(ctx)
+		hydrated = time.Since(start)
+	}()
+	if st.job != nothing {
+		args := st.job.arguments(uri, c.connections, span, int(hydrationLimit.Seconds()))
+		found, client, err = runFio(ctx, r.work, output, args, done)
+	}
+	if err != nil {
+		cancel()
+	}
+	<-done
+	if st.job == nothing && waiting == nil {
+		found.requests = span / blockBytes
+		found.iops = float64(found.requests) / hydrated.Seconds()
+	}
+	return found, client, hydrated, cmp.Or(err, waiting)
 }
 
 // clocks are read around a run of fio.

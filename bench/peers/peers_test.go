@@ -254,18 +254,18 @@ func TestTable(t *testing.T) {
 		{name: "good", bars: map[int]float64{1: 2}},
 		{name: "bad", against: bareOnce, bars: map[int]float64{1: 0.9}},
 		{name: "informal"},
-		{name: "alone"},
+		{name: "alone", hydrate: true},
 	}}}
 	for i := range 3 {
 		at := func(iops float64, foreign float64) measurement {
-			return measurement{result: result{iops: iops * 1000}, cpu: 1.5, foreign: foreign}
+			return measurement{result: result{iops: iops * 1000, p99: 99.4}, cpu: 1.5, foreign: foreign}
 		}
 		c.rounds = append(c.rounds, round{
 			{ours, bareOnce}: at(100, 0),
 			{ours, "good"}:   at([]float64{200, 300, 250}[i], 0), {nbdkitFile, "good"}: at(100, 0.3),
 			{ours, "bad"}: at(80, 0), {nbdkitFile, "bad"}: at(10, 0),
 			{ours, "informal"}: at(80, 0), {nbdkitFile, "informal"}: at(10, 0.25),
-			{ours, "alone"}: at(80, 0),
+			{ours, "alone"}: {result: result{iops: 8e4}, hydrated: []float64{9, 1.25, 0.5}[i]},
 		})
 	}
 	rep := &report{stacks: stacks("cowherd"), Repetitions: 3}
@@ -276,15 +276,15 @@ func TestTable(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := `
-step                   conns  server       kIOPS  min-max      CPU µs/req  ratio  min-max    bar         foreign
-bare, each block once  1      cowherd      100.0  100.0-100.0  1.5                                       0%
-good                   1      cowherd      250.0  200.0-300.0  1.5         2.50   2.00-3.00  2    PASS   0%
-good                   1      nbdkit file  100.0  100.0-100.0  1.5                                       30% noisy
-bad                    1      cowherd      80.0   80.0-80.0    1.5         0.80   0.80-0.80  0.9  short  0%
-bad                    1      nbdkit file  10.0   10.0-10.0    1.5                                       0%
-informal               1      cowherd      80.0   80.0-80.0    1.5         8.00   8.00-8.00  -           0%
-informal               1      nbdkit file  10.0   10.0-10.0    1.5                                       25%
-alone                  1      cowherd      80.0   80.0-80.0    1.5                                       0%
+step                   conns  server       kIOPS  min-max      p99 µs  CPU µs/req  hydrated  ratio  min-max    bar         foreign
+bare, each block once  1      cowherd      100.0  100.0-100.0  99      1.5                                                 0%
+good                   1      cowherd      250.0  200.0-300.0  99      1.5                   2.50   2.00-3.00  2    PASS   0%
+good                   1      nbdkit file  100.0  100.0-100.0  99      1.5                                                 30% noisy
+bad                    1      cowherd      80.0   80.0-80.0    99      1.5                   0.80   0.80-0.80  0.9  short  0%
+bad                    1      nbdkit file  10.0   10.0-10.0    99      1.5                                                 0%
+informal               1      cowherd      80.0   80.0-80.0    99      1.5                   8.00   8.00-8.00  -           0%
+informal               1      nbdkit file  10.0   10.0-10.0    99      1.5                                                 25%
+alone                  1      cowherd      80.0   80.0-80.0    0       0.0         1.2 s                                   0%
 `
 	if got := "\n" + out.String(); got != want {
 		t.Errorf("got:%s\nwant:%s", got, want)
@@ -328,7 +328,8 @@ func runHere(t *testing.T, ctx context.Context, args ...string) (report, error) 
 		t.Fatal(err)
 	}
 	defer os.RemoveAll(dir)
-	args = append(args, "-dir", dir, "-cowherd", dir+"/missing", "-size", "1MiB", "-reps", "1", "-retries", "0", "-json")
+	args = append([]string{"-dir", dir, "-cowherd", dir + "/missing", "-size", "1MiB", "-reps", "1", "-retries", "0", "-json"},
+		args...)
 	var out, progress strings.Builder
 	if err = run(ctx, args, &out, &progress); err != nil {
 		t.Logf("what it said: %s", progress.String())
@@ -369,9 +370,39 @@ func TestRun(t *testing.T) {
 	if !slices.Equal(got, want) {
 		t.Errorf("measured %q, want %q", got, want)
 	}
-	if len(rep.Notes) != 2 || !strings.HasPrefix(rep.Notes[0], "skipped: cowherd: ") ||
-		rep.Notes[1] != "skipped: qsd-cbw: not asked for" {
+	if len(rep.Notes) != 3 || !strings.HasPrefix(rep.Notes[0], "skipped: cowherd: ") ||
+		rep.Notes[1] != "skipped: qsd-cbw: not asked for" || rep.Notes[2] != "skipped: qsd-stream: not asked for" {
 		t.Errorf("notes: %q", rep.Notes)
+	}
+}
+
+// TestRunClones measures a clone with and without hydration.
+func TestRunClones(t *testing.T) {
+	for _, program := range []string{"qemu-storage-daemon", "qemu-img"} {
+		if _, err := exec.LookPath(program); err != nil {
+			t.Skipf("%s is not installed", program)
+		}
+	}
+	var rep report
+	var err error
+	for range 3 { // see TestRun; and a hydration of 4 MiB may be over before fio has begun
+		rep, err = runHere(t, t.Context(), "-only", "^clone-.*/1", "-seconds", "1", "-peers", "qsd-stream", "-size", "64MiB")
+		if err == nil {
+			break
+		}
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, r := range rep.Rows {
+		got = append(got, r.Cell)
+		if r.IOPS <= 0 || r.CPUUS <= 0 || (r.HydratedS > 0) != (r.Cell != "clone-write/1") {
+			t.Errorf("%+v", r)
+		}
+	}
+	if want := []string{"clone-write/1", "clone-hydrate/1", "clone-idle/1"}; !slices.Equal(got, want) {
+		t.Errorf("measured %q, want %q", got, want)
 	}
 }
 
@@ -389,7 +420,7 @@ func TestServerFails(t *testing.T) {
 	dir := t.TempDir()
 	for name, program := range map[string]string{"ends": "true", "missing": "/nonexistent/nbdkit"} {
 		k := &stack{name: name, program: program, start: startNbdkitFile}
-		if s, err := startServer(t.Context(), k, dir+"/"+name, "image"); err == nil {
+		if s, err := startServer(t.Context(), k, false, dir+"/"+name, "image"); err == nil {
 			s.stop()
 			t.Errorf("%s: it started", name)
 		}

@@ -7,7 +7,8 @@ const (
 	strideBytes = 64 << 10 // a cluster of qemu's copy-before-write
 	depth       = 32       // requests in flight on each connection
 
-	// A stride touches one block in sixteen, so it goes over more bytes in order to last long enough.
+	// A stride touches one block in sixteen, so it goes over more bytes in order to last long enough; and a clone is as
+	// large for the same reason.
 	strideSpan = 4
 )
 
@@ -25,6 +26,7 @@ type job struct {
 }
 
 var (
+	nothing      = job{}
 	randomReads  = job{rw: "randread"}
 	randomWrites = job{rw: "randwrite"}
 	eachOnce     = job{rw: "randwrite", once: true}
@@ -48,6 +50,9 @@ type step struct {
 	job    job
 	frozen bool   // the snapshot is there
 	on     export // that fio talks to
+	// hydrate: the clone hydrates from the beginning of the step, which ends when all is hydrated. If the job is nothing, a
+	// block that was hydrated counts as a request.
+	hydrate bool
 	// own: the step is cowherd's alone.
 	own bool
 	// against is the step of cowherd's that the ratio is to; "": the peer's same step.
@@ -94,10 +99,26 @@ var plan = []scenario{
 		{name: "writes to snapshot, first", job: eachOnce, frozen: true, on: snapshot, bars: map[int]float64{1: 1, 4: 1.2}},
 		{name: "writes to snapshot, later", job: eachOnce, frozen: true, on: snapshot},
 	}},
+	// The clone of a scenario is fresh, because the writes of an earlier step would leave less to hydrate.
+	{"clone-write", qsdStream, []step{
+		{name: "writes to clone, none hydrated", job: randomWrites},
+	}},
+	{"clone-hydrate", qsdStream, []step{
+		{name: "writes to clone while it hydrates", job: randomWrites, hydrate: true},
+	}},
+	{"clone-idle", qsdStream, []step{
+		{name: "hydration alone", job: nothing, hydrate: true},
+	}},
 }
+
+// clones tells whether the server has a clone of the image instead of the image.
+func (s *scenario) clones() bool { return s.peer == qsdStream }
 
 // span is how many bytes of the image the scenario uses.
 func (s *scenario) span(bytes int64) int64 {
+	if s.clones() {
+		return strideSpan * bytes
+	}
 	for _, st := range s.steps {
 		if st.job.stride > 0 {
 			return strideSpan * bytes

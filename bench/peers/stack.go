@@ -19,9 +19,10 @@ const (
 	nbdkitFile = "nbdkit-file"
 	nbdkitCow  = "nbdkit-cow"
 	qsdCBW     = "qsd-cbw"
+	qsdStream  = "qsd-stream"
 )
 
-func peerNames() []string { return []string{nbdkitFile, nbdkitCow, qsdCBW} }
+func peerNames() []string { return []string{nbdkitFile, nbdkitCow, qsdCBW, qsdStream} }
 
 // stack is a server and the way it is set up.
 type stack struct {
@@ -29,6 +30,8 @@ type stack struct {
 	program string // that is run, a path or a name to be looked up in PATH
 	label   string // what it is, for people
 	start   func(ctx context.Context, s *server, program, image string) error
+	// clone starts it with a clone of the image. It is nil where that is not measured.
+	clone   func(ctx context.Context, s *server, program, image string) error
 	skipped string // why it is not measured; "" if it is
 }
 
@@ -36,9 +39,12 @@ type stack struct {
 type server struct {
 	dir     string
 	process *process
-	exports [2]string // URIs, by export; "" where the stack has none
+	closers []func() error // of connections to it
+	exports [2]string      // URIs, by export; "" where the stack has none
 	// freeze takes the snapshot. It is nil where the snapshot is there from the start, or never.
 	freeze func(ctx context.Context) error
+	// hydrate starts the hydration of the clone, and hydrated waits for its end. Both are nil where there is no clone.
+	hydrate, hydrated func(ctx context.Context) error
 	// check fails unless the snapshot is valid and has this many chunks of its own. It is nil where that is not known.
 	check func(ctx context.Context, chunks int64) error
 }
@@ -50,19 +56,24 @@ func stacks(cowherd string) map[string]*stack {
 		{name: nbdkitFile, program: "nbdkit", label: "nbdkit file", start: startNbdkitFile},
 		{name: nbdkitCow, program: "nbdkit", label: "nbdkit cow 4k", start: startNbdkitCow},
 		{name: qsdCBW, program: "qemu-storage-daemon", label: "qsd copy-before-write", start: startQSD},
+		{name: qsdStream, program: "qemu-storage-daemon", label: "qsd block-stream", clone: cloneQSD},
 	} {
 		all[s.name] = s
 	}
 	return all
 }
 
-// startServer starts a stack over an image.
-func startServer(ctx context.Context, k *stack, dir, image string) (*server, error) {
+// startServer starts a stack over an image, or with a clone of it.
+func startServer(ctx context.Context, k *stack, clone bool, dir, image string) (*server, error) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, err
 	}
 	s := &server{dir: dir}
-	if err := k.start(ctx, s, k.program, image); err != nil {
+	start := k.start
+	if clone {
+		start = k.clone
+	}
+	if err := start(ctx, s, k.program, image); err != nil {
 		return nil, fmt.Errorf("start %s: %w", k.name, withLog(err, s.stop()))
 	}
 	return s, nil
@@ -71,6 +82,9 @@ func startServer(ctx context.Context, k *stack, dir, image string) (*server, err
 // stop ends the server, removes what it wrote, and returns what it logged.
 func (s *server) stop() string {
 	log := ""
+	for _, closer := range s.closers {
+		_ = closer() // the process ends in any case
+	}
 	if s.process != nil {
 		log = s.process.stop()
 	}
@@ -132,6 +146,37 @@ func startQSD(ctx context.Context, s *server, program, image string) error {
 		"--nbd-server", "addr.type=unix,max-connections=0,addr.path="+s.socket(),
 		"--export", "type=nbd,id=origin,node-name=cbw,name=origin,writable=on",
 		"--export", "type=nbd,id=snap,node-name=access,name=snap")
+}
+
+// cloneQSD starts qemu-storage-daemon with a qcow2 overlay of the image, which a job fills from the image (block-stream)
+// and then needs no more.
+func cloneQSD(ctx context.Context, s *server, program, image string) error {
+	overlay, monitor := s.path("overlay.qcow2"), s.path("qmp.sock")
+	create := exec.CommandContext(ctx, "qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "raw", overlay)
+	create.SysProcAttr = apart()
+	if out, err := create.CombinedOutput(); err != nil {
+		return fmt.Errorf("qemu-img create: %w: %s", err, tail(out))
+	}
+	s.exports[live] = s.uri("clone")
+	err := s.spawn(ctx, program,
+		"--chardev", "socket,id=qmp,server=on,wait=off,path="+monitor, "--monitor", "chardev=qmp",
+		"--blockdev", "driver=file,node-name=image,read-only=on,filename="+image,
+		"--blockdev", "driver=qcow2,node-name=clone,backing=image,file.driver=file,file.filename="+overlay,
+		"--nbd-server", "addr.type=unix,max-connections=0,addr.path="+s.socket(),
+		"--export", "type=nbd,id=clone,node-name=clone,name=clone,writable=on")
+	if err != nil {
+		return err
+	}
+	q, err := openQMP(ctx, monitor)
+	if err != nil {
+		return err
+	}
+	s.closers = append(s.closers, q.close)
+	s.hydrate = func(ctx context.Context) error {
+		return q.execute(ctx, "block-stream", map[string]string{"job-id": "hydration", "device": "clone"})
+	}
+	s.hydrated = func(ctx context.Context) error { return q.jobEnded(ctx, "hydration") }
+	return nil
 }
 
 // startCowherd starts the daemon and attaches the image. The snapshot's COW space is an unlinked file in the state
