@@ -30,7 +30,7 @@ type stack struct {
 	program string // that is run, a path or a name to be looked up in PATH
 	label   string // what it is, for people
 	start   func(ctx context.Context, s *server, program, image string) error
-	// clone starts it with a clone of the image. It is nil where that is not measured.
+	// clone starts it with a clone of the image, which does not hydrate. It is nil for a stack without clones.
 	clone   func(ctx context.Context, s *server, program, image string) error
 	skipped string // why it is not measured; "" if it is
 }
@@ -52,7 +52,7 @@ type server struct {
 func stacks(cowherd string) map[string]*stack {
 	all := map[string]*stack{}
 	for _, s := range []*stack{
-		{name: ours, program: cowherd, label: "cowherd", start: startCowherd},
+		{name: ours, program: cowherd, label: "cowherd", start: startCowherd, clone: cloneCowherd},
 		{name: nbdkitFile, program: "nbdkit", label: "nbdkit file", start: startNbdkitFile},
 		{name: nbdkitCow, program: "nbdkit", label: "nbdkit cow 4k", start: startNbdkitCow},
 		{name: qsdCBW, program: "qemu-storage-daemon", label: "qsd copy-before-write", start: startQSD},
@@ -182,26 +182,8 @@ func cloneQSD(ctx context.Context, s *server, program, image string) error {
 // startCowherd starts the daemon and attaches the image. The snapshot's COW space is an unlinked file in the state
 // directory, which is below the server's.
 func startCowherd(ctx context.Context, s *server, program, image string) error {
-	control := s.path("control.sock")
-	state := s.path("state")
-	if err := os.Mkdir(state, 0o700); err != nil {
-		return err
-	}
-	command := func(ctx context.Context, args ...string) ([]byte, error) {
-		cmd := exec.CommandContext(ctx, program, args...)
-		cmd.Env = append(os.Environ(), "COWHERD_CONTROL="+control)
-		cmd.SysProcAttr = apart()
-		out, err := cmd.CombinedOutput()
-		if err != nil {
-			return nil, fmt.Errorf("cowherd %s: %w: %s", strings.Join(args, " "), err, tail(out))
-		}
-		return out, nil
-	}
-	err := s.spawn(ctx, program, "serve", "--control", control, "--nbd", "unix:"+s.socket(), "--state", state)
+	command, err := serveCowherd(ctx, s, program)
 	if err != nil {
-		return err
-	}
-	if err := s.process.waitConnecting(ctx, control); err != nil {
 		return err
 	}
 	if _, err := command(ctx, "attach", "vm", image); err != nil {
@@ -220,6 +202,51 @@ func startCowherd(ctx context.Context, s *server, program, image string) error {
 		return checkStatus(text, chunks)
 	}
 	return nil
+}
+
+// cloneCowherd starts the daemon and makes a clone, with the regions and the limits that it has by default.
+func cloneCowherd(ctx context.Context, s *server, program, image string) error {
+	command, err := serveCowherd(ctx, s, program)
+	if err != nil {
+		return err
+	}
+	if _, err := command(ctx, "clone", "vm", "--from", image, s.path("clone"), "--no-hydration"); err != nil {
+		return err
+	}
+	s.exports[live] = s.uri("vm")
+	s.hydrate = func(ctx context.Context) error {
+		_, err := command(ctx, "hydrate", "vm", "--start")
+		return err
+	}
+	s.hydrated = func(ctx context.Context) error {
+		_, err := command(ctx, "hydrate", "vm", "--wait")
+		return err
+	}
+	return nil
+}
+
+// serveCowherd starts the daemon, and returns how to have it do something.
+func serveCowherd(ctx context.Context, s *server, program string) (
+	command func(ctx context.Context, args ...string) ([]byte, error), err error) {
+	control := s.path("control.sock")
+	state := s.path("state")
+	if err := os.Mkdir(state, 0o700); err != nil {
+		return nil, err
+	}
+	err = s.spawn(ctx, program, "serve", "--control", control, "--nbd", "unix:"+s.socket(), "--state", state)
+	if err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context, args ...string) ([]byte, error) {
+		cmd := exec.CommandContext(ctx, program, args...)
+		cmd.Env = append(os.Environ(), "COWHERD_CONTROL="+control)
+		cmd.SysProcAttr = apart()
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			return nil, fmt.Errorf("cowherd %s: %w: %s", strings.Join(args, " "), err, tail(out))
+		}
+		return out, nil
+	}, s.process.waitConnecting(ctx, control)
 }
 
 // checkStatus tells from what "cowherd status --json" says of a snapshot whether that is valid and has this many chunks

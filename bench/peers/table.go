@@ -86,9 +86,6 @@ func (rep *report) add(c *cell) {
 		rep.Notes = append(rep.Notes, fmt.Sprintf("failed: %s: %v", c.name(), c.failed))
 		return
 	}
-	if c.scenario.clones() && rep.stacks[ours].clone == nil {
-		rep.Notes = append(rep.Notes, fmt.Sprintf("skipped: %s: clones of cowherd are not measured yet", c.name()))
-	}
 	for _, st := range c.scenario.steps {
 		rounds := quietest(c.rounds, c.keys(st), rep.Repetitions)
 		for _, name := range []string{ours, c.scenario.peer} {
