@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -460,11 +461,15 @@ func TestCopyAllocs(t *testing.T) {
 		}
 		return err
 	}
-	if count := testing.AllocsPerRun(100, func() {
-		if _, err := d.Copy(block.CopyClone, s, 0, copyUnit, 4*copyUnit); err != nil {
-			t.Fatal(err)
-		}
-	}); count > 1 { // the argument of the ioctl
+	count := math.Inf(1)
+	for range 5 { // whatever else goes on in the process is counted too, so the least counts
+		count = min(count, testing.AllocsPerRun(100, func() {
+			if _, err := d.Copy(block.CopyClone, s, 0, copyUnit, 4*copyUnit); err != nil {
+				t.Fatal(err)
+			}
+		}))
+	}
+	if count > 1 { // the argument of the ioctl
 		t.Errorf("%v allocations", count)
 	}
 }
