@@ -13,6 +13,7 @@ import (
 	"cowherd/dm"
 	"cowherd/kcopyd"
 	"cowherd/target"
+	"cowherd/target/clone"
 	"cowherd/target/delay"
 	"cowherd/target/errortarget"
 	"cowherd/target/flakey"
@@ -26,7 +27,7 @@ import (
 // targetTypes are the types of targets that tables may name. This is the place to add one.
 func targetTypes(newEngine func() kcopyd.Engine) []*target.Type {
 	return append([]*target.Type{
-		delay.Type(), errortarget.Type(), flakey.Type(), linear.Type(), logwrites.Type(), striped.Type(), zero.Type(),
+		clone.Type(newEngine), delay.Type(), errortarget.Type(), flakey.Type(), linear.Type(), logwrites.Type(), striped.Type(), zero.Type(),
 	}, snapshot.NewFamily(newEngine).Types()...)
 }
 

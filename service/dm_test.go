@@ -3,6 +3,7 @@ package service
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -192,10 +193,87 @@ func TestMappedEvents(t *testing.T) {
 		t.Errorf("a message: %v", err)
 	}
 	types, err := client.DMTypes(t.Context())
-	if err != nil || len(types) < 10 || types[0].Name != "delay" {
+	if err != nil || len(types) < 10 || types[0].Name != "clone" {
 		t.Errorf("types %v, %v", types, err)
 	}
 	_ = d
+}
+
+// TestMappedClone: a clone in a table copies, is reloaded, and says what the kernel's says.
+func TestMappedClone(t *testing.T) {
+	c := testConfig(t)
+	d := startDaemon(t, c)
+	client := api.NewClient(c.Control)
+	defer client.Close()
+	dir := t.TempDir()
+	src := image(t, cloneBytes)
+	want := readFile(t, src)
+	meta, dest := filepath.Join(dir, "meta"), filepath.Join(dir, "dest")
+	for _, path := range []string{meta, dest} {
+		if err := os.WriteFile(path, make([]byte, cloneBytes), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	line := func(rest string) string { return fmt.Sprintf("0 2048 clone %s %s %s %s", meta, dest, src, rest) }
+	for rest, text := range map[string]string{
+		"9": "region size is not a power of 2", "8 1 x": "feature argument", "8 1 no_hydration 1 x": "must be even",
+		"4": "region size", "8 0 2 hydration_batch_size x": "value for argument",
+	} {
+		err := mapDevice(t, client, "bad", line(rest))
+		if !errors.Is(err, syscall.EINVAL) || !strings.Contains(strings.ToLower(err.Error()), text) {
+			t.Errorf("%q: %v, want %q", rest, err, text)
+		}
+	}
+	mustMap(t, client, "x", line("32 1 no_hydration 2 hydration_threshold 1"))
+	status := func(want string) {
+		t.Helper()
+		x := mapped(t, client, "x")
+		if got := x.Table[0].Status; got != want {
+			t.Errorf("status %q, want %q", got, want)
+		}
+	}
+	status("8 6/256 32 0/64 0 1 no_hydration 4 hydration_threshold 1 hydration_batch_size 1 rw")
+	if got := mapped(t, client, "x").Table[0].Table; got != strings.Join([]string{meta, dest, src, "32 1 no_hydration 2 hydration_threshold 1"}, " ") {
+		t.Errorf("table %q", got)
+	}
+	put(t, d, "x", 5, pattern(1, 1))
+	copy(want[5*4096:], pattern(1, 1))
+	status("8 6/256 32 1/64 0 1 no_hydration 4 hydration_threshold 1 hydration_batch_size 1 rw")
+	// Another region size is not that of the metadata.
+	if err := client.DMLoad(t.Context(), "x", api.DMTable{Table: line("64")}); !errors.Is(err, syscall.EINVAL) {
+		t.Errorf("another region size: %v", err)
+	}
+	if _, err := client.DMMessage(t.Context(), "x", api.DMMessage{Words: []string{"hydrate"}}); !errors.Is(err, syscall.EINVAL) {
+		t.Errorf("a wrong message: %v", err)
+	}
+	// Loaded anew while it is written: what the old table has hydrated is there in the new one.
+	if err := client.DMLoad(t.Context(), "x", api.DMTable{Table: line("32 1 no_hydration")}); err != nil {
+		t.Fatal(err)
+	}
+	put(t, d, "x", 9, pattern(1, 2))
+	copy(want[9*4096:], pattern(1, 2))
+	if err := client.DMSuspend(t.Context(), "x", api.DMSuspend{}); err != nil {
+		t.Fatal(err)
+	}
+	status("8 6/256 32 2/64 0 1 no_hydration 4 hydration_threshold 1 hydration_batch_size 1 rw")
+	event := mapped(t, client, "x").Event
+	if _, err := client.DMMessage(t.Context(), "x", api.DMMessage{Words: []string{"hydration_threshold", "16"}}); err != nil {
+		t.Error(err)
+	}
+	if _, err := client.DMMessage(t.Context(), "x", api.DMMessage{Words: []string{"enable_hydration"}}); err != nil {
+		t.Error(err)
+	}
+	if _, err := client.DMWait(t.Context(), "x", event); err != nil {
+		t.Error(err)
+	}
+	status("8 6/256 32 64/64 0 0 4 hydration_threshold 16 hydration_batch_size 1 rw")
+	if !bytes.Equal(get(t, d, "x", cloneBytes), want) {
+		t.Error("it shows something else")
+	}
+	stopDaemon(t, d)
+	if !bytes.Equal(readFile(t, dest), want) {
+		t.Error("the destination is no copy")
+	}
 }
 
 // TestMappedNumbers: a block device by its numbers is the one by its path.

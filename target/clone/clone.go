@@ -159,7 +159,7 @@ func New(c Config) (*Clone, error) {
 	below := c.Destination.Limits()
 	x.passdown = !c.NoDiscardPassdown && below.DiscardMax >= x.regionSize
 	x.destZero.Store(c.DestinationIsZero)
-	x.limits = x.makeLimits()
+	x.limits = makeLimits(c.Destination, c.Source, x.regionSize)
 	t, err := x.loadTable()
 	if err != nil {
 		return nil, fmt.Errorf("clone %q: %w", c.Name, err)
@@ -218,13 +218,13 @@ const (
 )
 
 // makeLimits are those of the destination, with the source's block. Discards are always there, as they hydrate regions.
-func (c *Clone) makeLimits() block.Limits {
-	l := c.dest.Limits()
-	if c.source != nil {
-		l.LogicalBlock = max(l.LogicalBlock, c.source.Limits().LogicalBlock)
-		l.PreferredIO = max(l.PreferredIO, c.source.Limits().PreferredIO)
+func makeLimits(dest, source block.Device, regionSize int64) block.Limits {
+	l := dest.Limits()
+	if source != nil {
+		l.LogicalBlock = max(l.LogicalBlock, source.Limits().LogicalBlock)
+		l.PreferredIO = max(l.PreferredIO, source.Limits().PreferredIO)
 	}
-	l.DiscardMax, l.DiscardGranularity = discardMax, c.regionSize
+	l.DiscardMax, l.DiscardGranularity = discardMax, regionSize
 	l.WriteZeroesMax = min(l.WriteZeroesMax, writeZeroesMax)
 	l.NeedsFlush = true // of the metadata
 	return l
