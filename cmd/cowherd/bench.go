@@ -136,8 +136,8 @@ type benchCloneCmd struct {
 }
 
 func (benchCloneCmd) Help() string {
-	return `Everything runs in this process, the clones' metadata in memory. Writes run on null devices, each into a region
-that is not hydrated; reads on a memory device, of what is hydrated, while the rest is being hydrated or not. With DIR
+	return `Everything runs in this process, the clones' metadata in memory. Writes run on devices that do nothing, each into
+a region that is not hydrated; reads on a memory device, of what is hydrated, while the rest is being hydrated or not. With DIR
 an image is made there and copied, by one job of the copy engine and by hydration up to the last commit.
 
 Examples:
