@@ -85,6 +85,48 @@ func (c *clone) adopt(lost []workload) {
 	c.model, c.status = view, ""
 }
 
+// TestCloneKill kills a daemon in the midst of writes to a clone, again and again; each time the next one goes on. Then
+// Linux takes the clone over and hydrates the rest. Only the writes hydrate: in the background all would be hydrated
+// before anybody could kill it.
+func TestCloneKill(t *testing.T) {
+	for _, k := range cloneKinds[:2] {
+		k.size *= 4 // else the writes hydrate all
+		t.Run(k.String(), func(t *testing.T) {
+			t.Parallel()
+			needClone(t)
+			c := newClone(t, k)
+			for _, path := range []string{c.destPath, c.metaPath} { // the daemon makes them
+				if err := os.Remove(path); err != nil {
+					t.Fatal(err)
+				}
+			}
+			writers := newScribbler(c.base)
+			writers.isVolatile = true
+			d := newDaemon(t)
+			for round := range uint64(3) {
+				d.start() // from the second on it finds the clone in its state
+				if round == 0 {
+					d.do("clone", live, "--from", c.sourcePath, c.destPath, "--metadata", c.metaPath, "--region-size",
+						fmt.Sprint(k.region), "--no-hydration")
+				}
+				writers.start(d, live, round)
+				d.kill()
+				view, hydrated := c.compose()
+				writers.check(t, "the clone", view)
+				c.model = view
+				c.checkMetadata()
+				if hydrated == c.regions() {
+					t.Error("all is hydrated: this shows nothing")
+				}
+				t.Logf("killed: %d of %d regions are hydrated", hydrated, c.regions())
+			}
+			c.holdLinux(100)
+			c.checkFiles()
+			c.checkComplete()
+		})
+	}
+}
+
 // TestCloneDamage: what Linux refuses to use for a clone's metadata cowherd refuses too.
 func TestCloneDamage(t *testing.T) {
 	t.Parallel()

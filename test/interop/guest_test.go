@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -128,7 +129,9 @@ func boot(scratch, lab, script string, images, hardware []string) (*guest, error
 		drive := fmt.Sprintf("file=%s,if=none,id=disk%d,format=raw,cache=unsafe,discard=unmap", image, i)
 		args = append(args, "-drive", drive, "-device", fmt.Sprintf("virtio-blk-pci,drive=disk%d", i))
 	}
-	qemu, qemuErr := exec.CommandContext(ctx, "qemu-system-x86_64", args...).CombinedOutput()
+	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // go test ends us so when we take too long
+	qemu, qemuErr := cmd.CombinedOutput()
 	console, err := os.ReadFile(path("console"))
 	switch {
 	case ctx.Err() != nil:

@@ -31,9 +31,11 @@ const (
 // that was sent since. Short writes among long ones make exceptions end in another order than they began, and a kill
 // then leaves gaps in the store.
 type scribbler struct {
-	base    []byte // what the export held before
-	scribes [scribes]scribe
-	running sync.WaitGroup
+	base []byte // what the export held before
+	// isVolatile: a kill may cost what was not flushed.
+	isVolatile bool
+	scribes    [scribes]scribe
+	running    sync.WaitGroup
 }
 
 // scribe is one goroutine's part. Its fields are its own while a round is on.
@@ -41,13 +43,16 @@ type scribe struct {
 	first  int      // its first block; the others follow
 	issued []uint32 // by block of its own: the last write that was sent
 	acked  []uint32 // the last that was acknowledged
+	// flushed is the last that was acknowledged before a flush that was.
+	flushed []uint32
 }
 
 func newScribbler(base []byte) *scribbler {
 	s := &scribbler{base: bytes.Clone(base)}
 	for i := range s.scribes {
 		count := len(base) / scribeBlock / scribes
-		s.scribes[i] = scribe{first: i * count, issued: make([]uint32, count), acked: make([]uint32, count)}
+		s.scribes[i] = scribe{first: i * count, issued: make([]uint32, count), acked: make([]uint32, count),
+			flushed: make([]uint32, count)}
 	}
 	return s
 }
@@ -85,7 +90,9 @@ func (w *scribe) run(device *nbd.Device, random *rand.Rand, enough func()) {
 		if err == nil {
 			copy(w.acked[first:first+blocks], w.issued[first:])
 			if n%scribeFlush == 0 {
-				err = block.Flush(device)
+				if err = block.Flush(device); err == nil {
+					copy(w.flushed, w.acked)
+				}
 			}
 		}
 		if n == scribeEnough || err != nil && n < scribeEnough {
@@ -121,6 +128,9 @@ func (s *scribbler) check(t *testing.T, what string, held []byte) {
 	}
 	for k := range s.scribes {
 		w := &s.scribes[k]
+		if s.isVolatile {
+			copy(w.acked, w.flushed)
+		}
 		for i := range w.issued {
 			at := w.offset(i)
 			if err := w.checkBlock(i, held[at:at+scribeBlock], s.base[at:at+scribeBlock]); err != nil {
