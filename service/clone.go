@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -215,7 +216,7 @@ func (d *Daemon) makeClone(name string, r *api.AttachRequest, x *cloned) (zero b
 	if x.meta, err = clonemeta.Format(x.store, p); err != nil {
 		return false, fmt.Errorf("metadata %s: %w", x.request.Metadata, err)
 	}
-	return zero, nil
+	return zero, x.keepMade()
 }
 
 // create makes a sparse file that is to be removed if the clone is not made after all.
@@ -225,7 +226,21 @@ func (x *cloned) create(path string, length int64) error {
 		return err
 	}
 	x.made = append(x.made, path)
-	return errors.Join(made.Close(), syncDir(filepath.Dir(path)))
+	return made.Close()
+}
+
+// keepMade makes durable that the files are there that were made, before anybody is told of the clone.
+func (x *cloned) keepMade() error {
+	var dirs []string
+	for _, path := range x.made {
+		dirs = append(dirs, filepath.Dir(path))
+	}
+	slices.Sort(dirs)
+	var errs []error
+	for _, dir := range slices.Compact(dirs) {
+		errs = append(errs, syncDir(dir))
+	}
+	return errors.Join(errs...)
 }
 
 // makeDestination opens the destination, a file that is made if there is none.

@@ -2,6 +2,7 @@ package clone
 
 import (
 	"math/rand/v2"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -227,6 +228,35 @@ func TestSettling(t *testing.T) {
 	x.wake(0, 1)
 	want(t, "write", w.wait(t), nil)
 	want(t, "write", whole.wait(t), nil)
+}
+
+// TestSettleHydratesFirst: whoever finds a region not claimed, after it was, finds it hydrated or as it was before.
+func TestSettleHydratesFirst(t *testing.T) {
+	const regions = 1 << 14
+	x := newTable(regions)
+	for r := range Region(regions) {
+		x.claim(r, r+1)
+	}
+	var wg sync.WaitGroup
+	var looked atomic.Uint64 // at regions that are still claimed
+	wg.Go(func() {
+		for r := range Region(regions) {
+			for looked.Load() <= uint64(r) {
+				runtime.Gosched()
+			}
+			x.settle(r, 1, 0)
+		}
+	})
+	for r := range Region(regions) {
+		looked.Add(1)
+		for x.claimed(r) {
+			runtime.Gosched()
+		}
+		if !x.hydrated(r) {
+			t.Fatalf("region %d was given back before it was hydrated", r)
+		}
+	}
+	wg.Wait()
 }
 
 // TestAwaitLooksAgain: who begins to wait for a region just after it was given back is not forgotten.

@@ -67,13 +67,13 @@ func TestPersistent(t *testing.T) {
 	})
 }
 
-// eachSeed runs a test with the seeds that were asked for. Each of the two tests gets half of the time.
+// eachSeed runs a test with the seeds that were asked for. Each of the three tests gets a third of the time.
 func eachSeed(t *testing.T, run func(t *testing.T, seed uint64)) {
 	first, last := uint64(1), *seedCount
 	if *oneSeed != 0 {
 		first, last = *oneSeed, *oneSeed
 	}
-	for seed, end := first, time.Now().Add(*crashTime/2); seed <= last || time.Now().Before(end) && !t.Failed(); seed++ {
+	for seed, end := first, time.Now().Add(*crashTime/3); seed <= last || time.Now().Before(end) && !t.Failed(); seed++ {
 		t.Run(fmt.Sprint("seed=", seed), func(t *testing.T) { run(t, seed) })
 	}
 }

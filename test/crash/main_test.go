@@ -10,7 +10,8 @@
 // After a kill, "acknowledged" is enough. The table is read by the test itself too, as the kernel would, in order that
 // a mistake of the store is not hidden by one that undoes it. A run has generations: each goes on from the disks that a
 // crash of the one before has left, so that gaps, and rests of records, are met again. See TestPersistent for what is
-// varied. TestMerge does the same while a snapshot is merged, and lets the merge go on after each crash.
+// varied. TestMerge does the same while a snapshot is merged, and lets the merge go on after each crash. TestClone does it
+// with clones.
 //
 // A failure prints the command that repeats it:
 //
