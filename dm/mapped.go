@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"sync"
 	"syscall"
 
@@ -100,26 +99,6 @@ func (m *Mapped) liesOnLocked(other *Mapped) bool {
 
 // openCountLocked is by how much the device is used. The caller has the Mapper's lock.
 func (m *Mapped) openCountLocked() int { return len(m.users) + m.uppers }
-
-// usersShown is how many users a message names.
-const usersShown = 5
-
-// whoLocked names the users. The caller has the Mapper's lock.
-func (m *Mapped) whoLocked() string {
-	var who []string
-	for _, h := range m.users[:min(len(m.users), usersShown)] {
-		who = append(who, h.user)
-	}
-	for _, x := range m.mapper.devices {
-		if x.below[m] > 0 && len(who) < usersShown {
-			who = append(who, fmt.Sprintf("mapped device %q", x.name))
-		}
-	}
-	if more := len(m.users) - usersShown; more > 0 {
-		who = append(who, fmt.Sprintf("%d more", more))
-	}
-	return strings.Join(who, ", ")
-}
 
 // slots are both tables at this moment.
 func (m *Mapped) slots() (active, inactive *loaded, suspended bool) {

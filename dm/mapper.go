@@ -328,6 +328,28 @@ func (p *Mapper) Remove(ctx context.Context, name string, deferred bool) error {
 	return nil
 }
 
+// usersShown is how many users a message names.
+const usersShown = 5
+
+// whoLocked names the users of a device.
+//
+// +checklocks:p.mu
+func (p *Mapper) whoLocked(m *Mapped) string {
+	var who []string
+	for _, h := range m.users[:min(len(m.users), usersShown)] {
+		who = append(who, h.user)
+	}
+	for _, x := range p.devices {
+		if x.below[m] > 0 && len(who) < usersShown {
+			who = append(who, fmt.Sprintf("mapped device %q", x.name))
+		}
+	}
+	if more := len(m.users) - usersShown; more > 0 {
+		who = append(who, fmt.Sprintf("%d more", more))
+	}
+	return strings.Join(who, ", ")
+}
+
 // beginRemoval keeps others from using m. done: the rest follows later.
 func (p *Mapper) beginRemoval(m *Mapped, deferred bool) (done bool, err error) {
 	p.mu.Lock()
@@ -337,7 +359,7 @@ func (p *Mapper) beginRemoval(m *Mapped, deferred bool) (done bool, err error) {
 			m.deferred = true
 			return true, nil
 		}
-		return false, fmt.Errorf("remove %q: it is in use by %s: %w", m.name, m.whoLocked(), syscall.EBUSY)
+		return false, fmt.Errorf("remove %q: it is in use by %s: %w", m.name, p.whoLocked(m), syscall.EBUSY)
 	}
 	m.removing = true
 	return false, nil

@@ -12,6 +12,7 @@ import (
 	"cowherd/dm"
 	"cowherd/kcopyd"
 	"cowherd/target"
+	"cowherd/target/clone"
 	"cowherd/target/delay"
 	"cowherd/target/errortarget"
 	"cowherd/target/flakey"
@@ -21,6 +22,9 @@ import (
 	"cowherd/target/striped"
 	"cowherd/target/zero"
 )
+
+// newEngine makes a copy engine.
+func newEngine() kcopyd.Engine { return kcopyd.NewScaled(kcopyd.Config{}) }
 
 // rig is a Mapper over a few devices in memory: the Host of its tests.
 type rig struct {
@@ -39,7 +43,8 @@ func newRig(t testing.TB, devices map[string]block.Device, more ...*target.Type)
 	x := &rig{t: t, devices: devices, names: map[string]bool{}}
 	x.Mapper = dm.NewMapper(x, append([]*target.Type{
 		linear.Type(), striped.Type(), zero.Type(), errortarget.Type(), delay.Type(), flakey.Type(), logwrites.Type(),
-	}, append(more, snapshot.NewFamily(func() kcopyd.Engine { return kcopyd.NewScaled(kcopyd.Config{}) }).Types()...)...))
+		clone.NewTables(newEngine).Type(),
+	}, append(more, snapshot.NewFamily(newEngine).Types()...)...))
 	t.Cleanup(func() {
 		if err := x.Close(context.Background()); err != nil {
 			t.Error(err)

@@ -175,4 +175,3 @@ func TestSnapshotEvent(t *testing.T) {
 		t.Errorf("status %q", got)
 	}
 }
-

@@ -27,7 +27,8 @@ import (
 // targetTypes are the types of targets that tables may name. This is the place to add one.
 func targetTypes(newEngine func() kcopyd.Engine) []*target.Type {
 	return append([]*target.Type{
-		clone.Type(newEngine), delay.Type(), errortarget.Type(), flakey.Type(), linear.Type(), logwrites.Type(), striped.Type(), zero.Type(),
+		clone.NewTables(newEngine).Type(), delay.Type(), errortarget.Type(), flakey.Type(), linear.Type(), logwrites.Type(),
+		striped.Type(), zero.Type(),
 	}, snapshot.NewFamily(newEngine).Types()...)
 }
 

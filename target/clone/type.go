@@ -4,7 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-	"sync/atomic"
+	"sync"
+	"syscall"
 
 	"cowherd/block"
 	"cowherd/clonemeta"
@@ -12,172 +13,266 @@ import (
 	"cowherd/target"
 )
 
-// Type is made by
-//
-//	clone <metadata> <destination> <source> <region size>
-//	      [<number of features> [no_hydration] [no_discard_passdown]
-//	      [<number of core arguments> [hydration_threshold <regions>] [hydration_batch_size <regions>]]]
-//
-// newEngine makes the copy engine of each.
-func Type(newEngine func() kcopyd.Engine) *target.Type {
-	return &target.Type{Name: "clone", Version: [3]int{1, 0, 0}, New: func(b *target.Build) (target.Target, error) {
-		return newMapped(b, newEngine)
-	}}
-}
-
-// mapped is a Clone in a table. The metadata is looked at when the table is loaded, and read when it goes live: until then
-// another table may have a clone on it that goes on.
-type mapped struct {
-	meta      target.Lower
-	dest      target.Lower
-	source    target.Lower
-	arguments []string // as given, from the region size on
-	options   Options
-	params    clonemeta.Params
-	limits    block.Limits
-	host      target.Host
+// Tables is what the clones of tables know of each other: who has which metadata device. Two clones never use one at the
+// same time. A clone that is loaded while another one has its metadata opens it when it is resumed, if that one is
+// suspended then, which from there on fails all I/O: so a clone is reloaded.
+type Tables struct {
 	newEngine func() kcopyd.Engine
 
-	live atomic.Pointer[live]
+	mu sync.Mutex
+	// By the metadata device.
+	// +checklocks:mu
+	owners map[block.Device]*tableClone
 }
 
-// live is what there is from the first Preresume on.
-type live struct {
-	*Clone
-	meta   *clonemeta.Metadata
-	engine kcopyd.Engine
+// NewTables makes what clones share whose engines newEngine makes.
+func NewTables(newEngine func() kcopyd.Engine) *Tables {
+	return &Tables{newEngine: newEngine, owners: map[block.Device]*tableClone{}}
 }
 
-// newMapped makes a clone of a line of a table.
-func newMapped(b *target.Build, newEngine func() kcopyd.Engine) (target.Target, error) {
+// Type is made by
+//
+//	clone <metadata> <destination> <source> <region sectors> [<number of features> <feature>...
+//	      [<number of words> <key> <value>...]]
+//
+// with the features no_hydration and no_discard_passdown, and the keys hydration_threshold and hydration_batch_size.
+func (f *Tables) Type() *target.Type {
+	return &target.Type{Name: "clone", Version: [3]int{1, 0, 0}, New: f.parse}
+}
+
+// tableClone is a Clone in a table.
+type tableClone struct {
+	tables    *Tables
+	host      target.Host
+	metaDev   target.Lower
+	dest      target.Lower
+	source    target.Lower
+	options   Options
+	arguments []string
+	length    block.Sector
+	limits    block.Limits
+
+	// Set before the device is resumed, and while no request is in flight.
+	clone    *Clone // nil: it is not open yet, or was taken over
+	metadata *clonemeta.Metadata
+	engine   kcopyd.Engine
+
+	// Under the lock of tables.
+	suspended bool
+}
+
+// parse makes a target of a line of a table.
+func (f *Tables) parse(b *target.Build) (target.Target, error) {
 	if b.Args.Len() < 4 {
 		return nil, target.Errorf("invalid number of arguments")
 	}
-	m := &mapped{host: b.Host, newEngine: newEngine}
-	var err error
-	if m.meta, err = b.OpenAs(b.Args.Next(), "metadata device"); err != nil {
-		return nil, err
-	}
-	if m.dest, err = b.OpenAs(b.Args.Next(), "destination device"); err != nil {
-		return nil, err
-	}
-	if m.dest.Size() < b.Size() {
-		return nil, target.Errorf("device size larger than destination device")
-	}
-	if m.source, err = b.Host.Open(b.Args.Next(), false); err != nil {
-		return nil, fmt.Errorf("source device lookup failed: %w", err)
-	}
-	if m.source.Size() < b.Size() {
-		return nil, target.Errorf("device size larger than source device")
-	}
-	for b.Args.Len() > 0 {
-		m.arguments = append(m.arguments, b.Args.Next())
-	}
-	if m.options, err = ParseOptions(m.arguments); err != nil {
-		return nil, err
-	}
-	m.params = clonemeta.Params{RegionSize: m.options.RegionSize, TargetSize: b.Length}
-	size := m.options.RegionSize.Bytes()
-	for _, d := range []block.Device{m.dest.Device, m.source.Device} {
-		if l := int64(d.Limits().LogicalBlock); size%l != 0 || b.Size()%l != 0 {
-			return nil, target.Errorf("region size or length is not a multiple of the device's logical block size")
+	t := &tableClone{tables: f, host: b.Host, length: b.Length}
+	for _, x := range []struct {
+		lower *target.Lower
+		what  string
+	}{{&t.metaDev, "metadata"}, {&t.dest, "destination"}, {&t.source, "source"}} {
+		var err error
+		if *x.lower, err = b.Host.Open(b.Args.Next(), x.lower != &t.source); err != nil {
+			return nil, fmt.Errorf("failed to open %s device: %w", x.what, err)
 		}
 	}
-	m.limits = makeLimits(m.dest.Device, m.source.Device, size)
-	if err := m.prepare(); err != nil {
-		return nil, fmt.Errorf("error opening metadata: %w", err)
+	for b.Args.Len() > 0 {
+		t.arguments = append(t.arguments, b.Args.Next())
 	}
-	return m, nil
+	var err error
+	if t.options, err = ParseOptions(t.arguments); err != nil {
+		return nil, err
+	}
+	for _, x := range []struct {
+		lower target.Lower
+		what  string
+	}{{t.dest, "destination"}, {t.source, "source"}} {
+		if block.SectorFloor(x.lower.Size()) < b.Length {
+			return nil, target.Errorf("device size larger than %s device", x.what)
+		}
+	}
+	t.limits = makeLimits(t.dest.Device, t.source.Device, t.options.RegionSize.Bytes())
+	if f.take(t) {
+		if err := t.open(); err != nil {
+			return nil, errors.Join(err, f.leave(t))
+		}
+	} else if err := t.fits(); err != nil {
+		return nil, err
+	}
+	return t, nil
 }
 
-// prepare makes metadata where there is none, and checks what there is against the table.
-func (m *mapped) prepare() error {
-	meta, err := clonemeta.Open(m.meta.Device, m.params)
-	if errors.Is(err, clonemeta.ErrUnformatted) {
-		meta, err = clonemeta.Format(m.meta.Device, m.params)
-	}
+// fits tells whether metadata that another clone has is of t's sizes, which never change: what the resume would refuse is
+// refused when the table is loaded.
+func (t *tableClone) fits() error {
+	s, err := clonemeta.ReadSuperblock(t.metaDev.Device)
 	if err != nil {
-		return err
+		return fmt.Errorf("failed to load metadata: %w: %w", err, syscall.EINVAL)
 	}
-	return meta.Close()
-}
-
-// Map maps r. The table is live.
-func (m *mapped) Map(r *block.Request) block.Device { return m.live.Load().Map(r) }
-
-// Size is the table's.
-func (m *mapped) Size() int64 { return m.params.TargetSize.Bytes() }
-
-// Limits are what a clone of these devices takes.
-func (m *mapped) Limits() block.Limits { return m.limits }
-
-// Extents are the clone's; everything is data before it is live.
-func (m *mapped) Extents(offset, length int64, yield func(block.Extent) bool) error {
-	if x := m.live.Load(); x != nil {
-		return x.Extents(offset, length, yield)
+	if s.RegionSize != t.options.RegionSize || s.TargetSize != t.length {
+		return target.Errorf("failed to load metadata: it is of regions of %d sectors and a length of %d, not of %d and %d",
+			s.RegionSize, s.TargetSize, t.options.RegionSize, t.length)
 	}
-	yield(block.Extent{Offset: offset, Length: length})
 	return nil
 }
 
-// TableLine is the devices, and the rest as it was given.
-func (m *mapped) TableLine() string {
-	return fmt.Sprintf("%s %s %s %s", m.meta.Name, m.dest.Name, m.source.Name, strings.Join(m.arguments, " "))
-}
-
-// StatusLine is the kernel's. What is hydrated is committed by the flush that comes before, unless noflush was asked for.
-func (m *mapped) StatusLine() string {
-	if x := m.live.Load(); x != nil {
-		return x.Status().String()
+// take makes t the owner of its metadata, if nobody is.
+func (f *Tables) take(t *tableClone) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.owners[t.metaDev.Device] != nil {
+		return false
 	}
-	return ""
+	f.owners[t.metaDev.Device] = t
+	return true
 }
 
-// Message is the kernel's.
-func (m *mapped) Message(words []string) (string, error) {
-	x := m.live.Load()
-	if x == nil {
-		return "", target.Errorf("the clone has not been live")
+// takeOver makes t the owner of its metadata, and closes it for the one that was.
+func (f *Tables) takeOver(t *tableClone) error {
+	f.mu.Lock()
+	old := f.owners[t.metaDev.Device]
+	if old != nil && old != t && !old.suspended {
+		f.mu.Unlock()
+		return fmt.Errorf("the metadata device %s is in use by another clone, which is not suspended: %w", t.metaDev.Name,
+			syscall.EBUSY)
 	}
-	return "", x.Message(words)
-}
-
-// Preresume reads the metadata, the first time.
-func (m *mapped) Preresume() error {
-	if m.live.Load() != nil {
+	f.owners[t.metaDev.Device] = t
+	f.mu.Unlock()
+	if old == nil || old == t {
 		return nil
 	}
-	meta, err := clonemeta.Open(m.meta.Device, m.params)
-	if err != nil {
-		return err
+	return old.end()
+}
+
+// leave gives the metadata up, if t has it.
+func (f *Tables) leave(t *tableClone) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.owners[t.metaDev.Device] == t {
+		delete(f.owners, t.metaDev.Device)
 	}
-	x := &live{meta: meta, engine: m.newEngine()}
-	x.Clone, err = New(Config{
-		Name: m.dest.Name.String(), Source: m.source.Device, Destination: m.dest.Device, Metadata: meta, Engine: x.engine,
-		Hydration: m.options.Hydration, NoDiscardPassdown: m.options.NoDiscardPassdown, Arguments: m.arguments,
-		Event: func(Event) { m.host.Event() },
+	return nil
+}
+
+// open opens the metadata, or makes it on a device that begins with zeroes, and the clone.
+func (t *tableClone) open() error {
+	p := clonemeta.Params{RegionSize: t.options.RegionSize, TargetSize: t.length}
+	meta, err := clonemeta.Open(t.metaDev.Device, p)
+	if errors.Is(err, clonemeta.ErrUnformatted) {
+		meta, err = clonemeta.Format(t.metaDev.Device, p)
+	}
+	if err != nil {
+		if errno := syscall.Errno(0); !errors.As(err, &errno) {
+			err = fmt.Errorf("%w: %w", err, syscall.EINVAL)
+		}
+		return fmt.Errorf("failed to load metadata: %w", err)
+	}
+	engine := t.tables.newEngine()
+	made, err := New(Config{
+		Name: t.dest.Name.String(), Source: t.source.Device, Destination: t.dest.Device, Metadata: meta, Engine: engine,
+		Hydration: t.options.Hydration, NoDiscardPassdown: t.options.NoDiscardPassdown, Arguments: t.arguments,
+		Event: func(Event) { t.host.Event() },
 	})
 	if err != nil {
-		return errors.Join(err, x.engine.Close(), meta.Close())
+		return errors.Join(err, engine.Close(), meta.Close())
 	}
-	m.live.Store(x)
+	t.clone, t.metadata, t.engine = made, meta, engine
 	return nil
 }
 
-// Resume starts hydration.
-func (m *mapped) Resume() { m.live.Load().Resume() }
-
-// Presuspend does nothing: no request waits for ever.
-func (m *mapped) Presuspend() {}
-
-// Postsuspend stops hydration and commits. An error has changed the mode, which the status shows.
-func (m *mapped) Postsuspend() { _ = m.live.Load().Suspend() }
-
-// Close ends the clone.
-func (m *mapped) Close() error {
-	x := m.live.Load()
-	if x == nil {
+// end closes the clone, whose device is suspended or gone.
+func (t *tableClone) end() error {
+	if t.clone == nil {
 		return nil
 	}
-	return errors.Join(x.Clone.Close(), x.engine.Close(), x.meta.Close())
+	err := errors.Join(t.clone.Close(), t.engine.Close(), t.metadata.Close())
+	t.clone = nil
+	return err
+}
+
+// Preresume opens the clone, if another one had its metadata when it was loaded.
+func (t *tableClone) Preresume() error {
+	f := t.tables
+	f.mu.Lock()
+	isOwner, was := f.owners[t.metaDev.Device] == t, t.suspended
+	f.mu.Unlock()
+	if isOwner || was { // one that was taken over goes on, and fails all I/O
+		return nil
+	}
+	if err := f.takeOver(t); err != nil {
+		return err
+	}
+	return t.open()
+}
+
+// Resume lets hydration go on.
+func (t *tableClone) Resume() {
+	t.setSuspended(false)
+	if t.clone != nil {
+		t.clone.Resume()
+	}
+}
+
+// Presuspend has nothing to do: what waits for a region goes on by itself.
+func (t *tableClone) Presuspend() {}
+
+// Postsuspend stops hydration and commits.
+func (t *tableClone) Postsuspend() {
+	if t.clone != nil {
+		_ = t.clone.Suspend() // when the metadata cannot be written the mode tells
+	}
+	t.setSuspended(true)
+}
+
+func (t *tableClone) setSuspended(is bool) {
+	t.tables.mu.Lock()
+	defer t.tables.mu.Unlock()
+	t.suspended = is
+}
+
+// Close ends the clone.
+func (t *tableClone) Close() error { return errors.Join(t.end(), t.tables.leave(t)) }
+
+// Map is the clone's; all fails in one whose metadata another has.
+func (t *tableClone) Map(r *block.Request) block.Device {
+	if t.clone == nil {
+		r.Complete(block.NewError(r, syscall.EIO, "the clone's metadata was taken over by another clone"))
+		return nil
+	}
+	return t.clone.Map(r)
+}
+
+// Size is the table's.
+func (t *tableClone) Size() int64 { return t.length.Bytes() }
+
+// Limits are the clone's.
+func (t *tableClone) Limits() block.Limits { return t.limits }
+
+// Extents are the clone's.
+func (t *tableClone) Extents(offset, length int64, yield func(block.Extent) bool) error {
+	if t.clone == nil {
+		return fmt.Errorf("the clone's metadata was taken over by another clone: %w", syscall.EIO)
+	}
+	return t.clone.Extents(offset, length, yield)
+}
+
+// Message is the clone's.
+func (t *tableClone) Message(words []string) (string, error) {
+	if t.clone == nil {
+		return "", target.Errorf("the clone is not live")
+	}
+	return "", t.clone.Message(words)
+}
+
+// TableLine is the devices, and the arguments as they were given.
+func (t *tableClone) TableLine() string {
+	return fmt.Sprintf("%s %s %s %s", t.metaDev.Name, t.dest.Name, t.source.Name, strings.Join(t.arguments, " "))
+}
+
+// StatusLine is the kernel's, after a commit.
+func (t *tableClone) StatusLine() string {
+	if t.clone == nil {
+		return "Error"
+	}
+	return t.clone.Info()
 }

@@ -92,15 +92,14 @@ type Target struct {
 
 // New logs what is written to the first size bytes of device. Both stay the caller's.
 func New(device, log target.Lower, size int64) (*Target, error) {
-	t := &Target{device: device, log: log, size: size, limits: device.Limits()}
-	t.sectorBytes = int64(max(t.limits.LogicalBlock, block.SectorSize))
+	sector := int64(max(device.Limits().LogicalBlock, block.SectorSize))
+	t := &Target{device: device, log: log, size: size, limits: device.Limits(), sectorBytes: sector, next: sector}
 	if t.sectorBytes%int64(log.Limits().LogicalBlock) != 0 {
 		return nil, target.Errorf("the logical block size of the log device %s is larger than that of %s", log.Name, device.Name)
 	}
 	t.limits.LogicalBlock = int(t.sectorBytes)
 	t.limits.WriteZeroesMax = 0 // the log holds data
 	t.limits.NeedsFlush = true  // or users would leave out what the log is about
-	t.next = t.sectorBytes
 	t.super, t.blank = make([]byte, t.sectorBytes), make([]byte, t.sectorBytes)
 	t.entries.New = func() any { return &entry{t: t} }
 	return t, nil
@@ -199,33 +198,39 @@ func (t *Target) done(e *entry, err error) {
 //
 // +checklocks:t.mu
 func (t *Target) queueOverwrittenLocked(e *entry) {
-	later := []*entry{e}
-	mark := func(list []*entry) {
-		for _, x := range slices.Backward(list) {
-			if slices.ContainsFunc(later, x.overlaps) {
-				x.overwritten = true
-				later = append(later, x)
-			}
-		}
-	}
-	take := func(list []*entry) []*entry {
-		return slices.DeleteFunc(list, func(x *entry) bool {
-			overwritten := x.overwritten
-			if overwritten {
-				x.overwritten = false
-				t.queue = append(t.queue, x)
-			}
-			return overwritten
-		})
-	}
-	mark(t.unflushed)
+	later := markOverwritten(t.unflushed, []*entry{e})
 	for _, f := range slices.Backward(t.flushes) {
-		mark(f.covered)
+		later = markOverwritten(f.covered, later)
 	}
 	for _, f := range t.flushes {
-		f.covered = take(f.covered)
+		f.covered, t.queue = takeOverwritten(f.covered, t.queue)
 	}
-	t.unflushed = take(t.unflushed)
+	t.unflushed, t.queue = takeOverwritten(t.unflushed, t.queue)
+}
+
+// markOverwritten marks those of a list that one of later overwrites, or one behind them that is marked itself, and adds
+// them to later.
+func markOverwritten(list, later []*entry) []*entry {
+	for _, x := range slices.Backward(list) {
+		if slices.ContainsFunc(later, x.overlaps) {
+			x.overwritten = true
+			later = append(later, x)
+		}
+	}
+	return later
+}
+
+// takeOverwritten moves what is marked from a list to a queue.
+func takeOverwritten(list, queue []*entry) (rest, longer []*entry) {
+	rest = slices.DeleteFunc(list, func(x *entry) bool {
+		if !x.overwritten {
+			return false
+		}
+		x.overwritten = false
+		queue = append(queue, x)
+		return true
+	})
+	return rest, queue
 }
 
 // overlaps tells whether both are about a sector.

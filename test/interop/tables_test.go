@@ -105,7 +105,7 @@ func TestTables(t *testing.T) {
 			t.Parallel()
 			mine := tables[len(tables)*i/guests : len(tables)*(i+1)/guests]
 			g := kernel(t, inGuest+tryTables+tryAll(mine), newImage(t, tablesSize), newImage(t, tablesSize))
-			_, linux := splitTables(strings.NewReplacer("254:0", "$A", "254:16", "$B", "/dev/vda", "$A", " /tmp/table", "").
+			_, linux := splitTables(strings.NewReplacer("254:0", "$A", "254:16", "$B", "/dev/vda", "$A", " /tmp/table.", "").
 				Replace(g.output))
 			for _, table := range mine {
 				compareTable(t, table, linux[table], recorded[table], cowherds[table])
