@@ -41,6 +41,11 @@ type Device struct {
 	live     atomic.Pointer[live] // never nil
 	closed   atomic.Bool          // the gate
 
+	// ways is held while the device finds its way past the gates below: before the mutex of any device.
+	ways sync.Mutex
+	// Somebody waits until nothing is past the gates below: see direct.go, also for what follows.
+	undirecting atomic.Bool
+
 	name atomic.Pointer[string]
 
 	mu sync.Mutex
@@ -57,9 +62,20 @@ type Device struct {
 	suspension suspension // +checklocks:mu
 	// Requests that come while the gate is closed fail.
 	refusing bool // +checklocks:mu
+	// Closed when nothing is past the gates below; nil while nobody waits for that.
+	undirected chan struct{} // +checklocks:mu
+	// Counts what makes a redirect that is under way worthless.
+	turn uint64 // +checklocks:mu
+	// Devices above that go past this gate, or would; and the gates on the way of this one.
+	riders map[*Device]struct{} // +checklocks:mu
+	gates  []*Device            // +checklocks:mu
 }
 
-type counter struct{ n atomic.Int64 }
+// counter counts requests in flight: those that are in the target, and those past the gates below (direct.go).
+type counter struct {
+	n      atomic.Int64
+	direct atomic.Int64
+}
 
 // suspension is how far a Suspend is.
 type suspension uint8
@@ -79,6 +95,8 @@ type live struct {
 	limits   block.Limits
 	extents  block.ExtentLister // nil: it has none
 	remapper target.Remapper    // nil: it is none
+	direct   direct
+	base     *live // the same without direct
 }
 
 // newLive prepares a target for a device of some limits.
@@ -87,6 +105,7 @@ func newLive(t Target, limits block.Limits) *live {
 	l.mask = int64(limits.LogicalBlock) - 1
 	l.extents, _ = l.target.(block.ExtentLister)
 	l.remapper, _ = l.target.(target.Remapper)
+	l.base = l
 	return l
 }
 
@@ -95,6 +114,7 @@ func NewDevice(name string, target Target, readOnly bool) *Device {
 	d := &Device{inflight: percpu.New[counter]()}
 	d.name.Store(&name)
 	d.live.Store(newLive(target, limitsOf(target, readOnly)))
+	d.redirect()
 	return d
 }
 
@@ -119,6 +139,9 @@ func (d *Device) Limits() block.Limits { return d.live.Load().limits }
 
 // Submit checks r and maps it. While the gate is closed it keeps r for later.
 func (d *Device) Submit(r *block.Request) {
+	if l := d.live.Load(); l.direct.to != nil && l.isPlain(r) && d.submitDirect(r, l) {
+		return
+	}
 	in := d.inflight.At(uint(r.Queue))
 	in.n.Add(1)
 	if d.closed.Load() {
@@ -237,15 +260,15 @@ func (d *Device) Suspend(ctx context.Context) error {
 	d.shutLocked()
 	err := d.drainLocked(ctx)
 	d.suspension = suspended
-	var kept block.List
-	if err != nil {
-		d.suspension = running
-		kept = d.openLocked()
-		err = fmt.Errorf("suspend %q: requests in flight do not end: %w", d.Name(), err)
+	if err == nil {
+		d.mu.Unlock()
+		return nil
 	}
+	d.suspension = running
+	kept := d.openLocked()
 	d.mu.Unlock()
-	d.submitAll(kept)
-	return err
+	d.goOn(kept)
+	return fmt.Errorf("suspend %q: requests in flight do not end: %w", d.Name(), err)
 }
 
 // Hold closes the gate for one more reason and waits until nothing is in flight, whether the device is suspended or
@@ -254,14 +277,14 @@ func (d *Device) Hold(ctx context.Context) error {
 	d.mu.Lock()
 	d.shutLocked()
 	err := d.drainLocked(ctx)
-	var kept block.List
-	if err != nil {
-		kept = d.openLocked()
-		err = fmt.Errorf("hold %q: requests in flight do not end: %w", d.Name(), err)
+	if err == nil {
+		d.mu.Unlock()
+		return nil
 	}
+	kept := d.openLocked()
 	d.mu.Unlock()
-	d.submitAll(kept)
-	return err
+	d.goOn(kept)
+	return fmt.Errorf("hold %q: requests in flight do not end: %w", d.Name(), err)
 }
 
 // Unhold ends what one successful Hold began.
@@ -269,7 +292,7 @@ func (d *Device) Unhold() {
 	d.mu.Lock()
 	kept := d.openLocked()
 	d.mu.Unlock()
-	d.submitAll(kept)
+	d.goOn(kept)
 }
 
 // shutLocked closes the gate for one more reason.
@@ -289,14 +312,17 @@ func (d *Device) shutLocked() {
 func (d *Device) drainLocked(ctx context.Context) error {
 	drained := d.drained
 	d.mu.Unlock()
-	var err error
-	select {
-	case <-drained:
-	case <-ctx.Done():
-		err = ctx.Err()
+	err := d.dismiss(ctx)
+	dismissed := err == nil
+	if dismissed {
+		select {
+		case <-drained:
+		case <-ctx.Done():
+			err = ctx.Err()
+		}
 	}
 	d.mu.Lock()
-	if d.quiet { // perhaps at the same moment
+	if dismissed && d.quiet { // perhaps at the same moment
 		return nil
 	}
 	return err
@@ -323,7 +349,7 @@ func (d *Device) Resume() {
 		kept = d.openLocked()
 	}
 	d.mu.Unlock()
-	d.submitAll(kept)
+	d.goOn(kept)
 }
 
 // Suspended tells whether a Suspend has succeeded, and no Resume since.
@@ -402,6 +428,12 @@ func (l *live) checkFit(target Target) error {
 	return nil
 }
 
+// goOn submits what was kept, once the gate is open.
+func (d *Device) goOn(kept block.List) {
+	d.opened()
+	d.submitAll(kept)
+}
+
 func (d *Device) submitAll(l block.List) {
 	for r := l.PopFront(); r != nil; r = l.PopFront() {
 		d.Submit(r)
@@ -420,7 +452,8 @@ func (d *Device) Close(ctx context.Context) error {
 			d.suspension = running
 			kept := d.openLocked()
 			d.mu.Unlock()
-			d.submitAll(kept)
+			d.forgetGates()
+			d.goOn(kept)
 			return nil
 		}
 		d.mu.Unlock()

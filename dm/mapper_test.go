@@ -321,10 +321,10 @@ func TestRemoveLate(t *testing.T) {
 		do(t, err)
 		d := h.Device()
 		var writers sync.WaitGroup
-		for range 3 {
+		for w := range int64(3) {
 			writers.Go(func() {
 				for {
-					err := block.Write(d, make([]byte, 512), 0)
+					err := block.Write(d, make([]byte, 512), w*512)
 					if errors.Is(err, syscall.ESHUTDOWN) {
 						return
 					}
