@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -625,6 +626,59 @@ func TestPassedSocket(t *testing.T) {
 	}
 	if status := p.end(t); status != exitOK {
 		t.Errorf("status %d", status)
+	}
+}
+
+// TestOneCommand: a command line that begins with the name of a command has the grammar of that one alone, and the same
+// flags and commands below it as in the whole grammar.
+func TestOneCommand(t *testing.T) {
+	whole, err := kong.New(&cli{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	shape := func(n *kong.Node) (list []string) {
+		for _, leaf := range append(n.Leaves(true), n) {
+			list = append(list, leaf.FullPath(), leaf.Help)
+			for _, f := range flagsOf(leaf.Flags) {
+				list = append(list, f.name)
+			}
+		}
+		return list
+	}
+	for _, command := range whole.Model.Children {
+		others := otherCommands([]string{command.Name, "--json"})
+		if command.Name == "completion" {
+			if others != "" {
+				t.Errorf("completion: without %s", others)
+			}
+			continue
+		}
+		one, err := kong.New(&cli{}, kong.IgnoreFields(others))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := len(one.Model.Children); n != 1 || !slices.Equal(shape(one.Model.Children[0]), shape(command)) {
+			t.Errorf("%s: %d commands, or it is another one", command.Name, n)
+		}
+	}
+	for _, args := range [][]string{nil, {"--help"}, {"--control", "x", "ls"}, {"clonemetadata"}, {"CloneMetadata"}, {""}} {
+		if others := otherCommands(args); others != "" {
+			t.Errorf("%q: without %s", args, others)
+		}
+	}
+}
+
+// BenchmarkParse: how long a command line takes to be understood.
+func BenchmarkParse(b *testing.B) {
+	b.ReportAllocs()
+	for b.Loop() {
+		parser, err := kong.New(&cli{}, kong.IgnoreFields(otherCommands([]string{"copy"})))
+		if err != nil {
+			b.Fatal(err)
+		}
+		if _, err := parser.Parse([]string{"copy", "--quiet", "a", "b"}); err != nil {
+			b.Fatal(err)
+		}
 	}
 }
 
