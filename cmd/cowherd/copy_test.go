@@ -250,7 +250,7 @@ func TestCopyKilled(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	r := rand.New(rand.NewPCG(seed, 0))
-	args := []string{"copy", "a", "b", "--resume", "--rate", "16M", "--progress", "json"}
+	args := []string{"copy", "a", "b", "--resume", "--rate", "8M", "--progress", "json"}
 	before := int64(0)
 	for range 3 {
 		p := startProgram(t, nil, args...)
