@@ -279,11 +279,23 @@ func (t *transfer) copyAll(ctx context.Context) error {
 }
 
 // each has do called by the workers for every piece, and waits for all of them. The first error ends it.
+//
+// What is cloned is cloned by the first worker, on this goroutine, for as long as that works: clones to one file wait
+// for each other, and to wake the other workers takes longer than to clone a window does.
 func (p *planner) each(ctx context.Context, cancel context.CancelCauseFunc, do func(*worker, context.Context, piece) error) error {
+	if p.copies && p.offload.clones {
+		more, err := p.workers[0].run(ctx, p, do, p.coarse.Load)
+		if err != nil {
+			cancel(err)
+		}
+		if !more {
+			return context.Cause(ctx)
+		}
+	}
 	var all sync.WaitGroup
 	for _, w := range p.workers {
 		all.Go(func() {
-			if err := w.run(ctx, p, do); err != nil {
+			if _, err := w.run(ctx, p, do, nil); err != nil {
 				cancel(err)
 			}
 		})

@@ -49,25 +49,26 @@ func memory(n int64) []byte {
 	return p[skip : skip+n : skip+n]
 }
 
-// run does batches until there are no more.
-func (w *worker) run(ctx context.Context, p *planner, do func(*worker, context.Context, piece) error) error {
-	for {
+// run does batches until there are no more, or until while, if there is one, is false: then there may be more.
+func (w *worker) run(ctx context.Context, p *planner, do func(*worker, context.Context, piece) error, while func() bool) (more bool, err error) {
+	for while == nil || while() {
 		more, err := p.next(w)
 		if !more || err != nil {
-			return err
+			return false, err
 		}
 		for _, x := range w.batch.pieces {
 			if ctx.Err() != nil {
-				return context.Cause(ctx)
+				return false, context.Cause(ctx)
 			}
 			if err := do(w, ctx, x); err != nil {
-				return err
+				return false, err
 			}
 			w.progress(x.length)
 		}
 		w.counted.skipped += w.batch.skipped
 		w.progress(w.batch.skipped)
 	}
+	return true, nil
 }
 
 // copy does one piece.
