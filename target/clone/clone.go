@@ -278,9 +278,10 @@ func (c *Clone) Map(r *block.Request) block.Device {
 	return c.mapWrite(r, t)
 }
 
-// mapFlush remaps a flush to the destination, unless there is something to commit.
+// mapFlush remaps a flush to the destination, unless there is something to commit. The mode is looked at last: a commit
+// that fails changes it before it says that it is over, so that there is nothing to commit only if nothing was lost.
 func (c *Clone) mapFlush(r *block.Request) block.Device {
-	if c.mode() == ReadWrite && !c.uncommitted() {
+	if !c.uncommitted() && c.mode() == ReadWrite {
 		return c.dest
 	}
 	c.committer.add(r)
@@ -292,6 +293,16 @@ func (c *Clone) mapFlush(r *block.Request) block.Device {
 func (c *Clone) uncommitted() bool {
 	t := c.table.Load()
 	return t != nil && t.changed.Load() != nil || c.committer.busy.Load()
+}
+
+// durable tells whether the regions that were found settled in t are committed. If the commit that took them has failed,
+// another table has come since, or all has failed.
+func (c *Clone) durable(t *table) bool {
+	if c.uncommitted() {
+		return false
+	}
+	now := c.table.Load()
+	return (now == t || now == nil) && c.mode() != Fail
 }
 
 // region is the region of the byte at offset.

@@ -116,13 +116,13 @@ func (h *hydration) copied(j *kcopyd.Job) {
 		h.clone.hydrator.copied(h, j.Err())
 		return
 	}
-	c := h.clone
+	c, t := h.clone, h.table
 	r, err := h.finish(j.Err(), true)
 	if err != nil {
 		r.Complete(block.WrapError(r, err))
 		return
 	}
-	c.writeSettled(r)
+	c.writeSettled(t, r)
 }
 
 // finish ends the ownership of h, which is idle then: its regions are settled if err is nil, and else given back. Who

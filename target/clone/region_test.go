@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 
 	"cowherd/block"
@@ -288,5 +289,23 @@ func TestHugeTable(t *testing.T) {
 	}
 	if is, end := x.run(5, regions, isTaken); is || end != regions-100 {
 		t.Errorf("%v up to %d", is, end)
+	}
+}
+
+// TestAbortBeforeFUA: a write with FUA to a region that was found settled, whose commit then fails, fails too.
+func TestAbortBeforeFUA(t *testing.T) {
+	for _, fails := range []bool{false, true} {
+		x := newRig(t, 256*kib, nil)
+		found := x.table.Load()
+		want(t, "write", x.do(block.OpWrite, 0, 0, 512).wait(t), nil)
+		x.meta.failCommit.Store(true)
+		x.meta.failAbort.Store(fails)
+		want(t, "flush", x.do(block.OpFlush, 0, 0, 0).wait(t), syscall.EIO)
+		c := &call{done: make(chan error, 1)}
+		c.r = block.Request{Op: block.OpWrite, Flags: block.FUA, Length: 512, Data: make([]byte, 512)}
+		c.r.Push(c)
+		x.writeSettled(found, &c.r)
+		want(t, "write with FUA", c.wait(t), syscall.EIO)
+		x.end(t)
 	}
 }

@@ -41,7 +41,7 @@ func (c *Clone) write(r *block.Request) {
 	}
 	t := c.table.Load()
 	if t == nil {
-		c.writeSettled(r)
+		c.writeSettled(t, r)
 		return
 	}
 	if c.mode() == Fail {
@@ -53,7 +53,7 @@ func (c *Clone) write(r *block.Request) {
 	case end < r.End():
 		c.writeSplit(t, r)
 	case state == settledPiece:
-		c.writeSettled(r)
+		c.writeSettled(t, r)
 	case c.mode() != ReadWrite:
 		r.Complete(block.WrapError(r, c.modeError()))
 	case r.Flags&block.Fast != 0 && state == partPiece:
@@ -148,9 +148,9 @@ func (c *Clone) overwrite(h *hydration, r *block.Request) {
 	c.dest.Submit(r)
 }
 
-// writeSettled writes r to regions that are all settled.
-func (c *Clone) writeSettled(r *block.Request) {
-	if r.Flags&block.FUA != 0 && c.uncommitted() {
+// writeSettled writes r to regions that are all settled in t; nil: everything is hydrated.
+func (c *Clone) writeSettled(t *table, r *block.Request) {
+	if r.Flags&block.FUA != 0 && !c.durable(t) {
 		c.commitAfter(r)
 	}
 	c.dest.Submit(r)
