@@ -579,6 +579,90 @@ func TestRetries(t *testing.T) {
 	})
 }
 
+// TestRetriesAtDifferentTimes: when the first of two regions that have failed is copied at last, the other is not forgotten.
+func TestRetriesAtDifferentTimes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x := newRig(t, 2*mib, func(c *Config) { c.Threshold, c.Batch = 1, 1 })
+		defer x.end(t)
+		var first, second atomic.Int64
+		x.source.Fail(func(r *block.Request) error {
+			switch {
+			case r.Offset == 3*64*kib && first.Add(1) == 1:
+				return syscall.EIO
+			case r.Offset == 9*64*kib && second.Add(1) == 1:
+				time.Sleep(pauseFirst / 2) // nobody else is at the source
+				return syscall.EIO
+			}
+			return nil
+		})
+		x.SetHydration(true)
+		time.Sleep(10 * pauseFirst)
+		synctest.Wait()
+		if first.Load() != 2 || second.Load() != 2 || x.Status().Hydrated != 32 {
+			t.Errorf("tried %d and %d times; status %v", first.Load(), second.Load(), x.Status())
+		}
+	})
+}
+
+// TestSuspendBetweenRetries: a region that waits to be tried again when hydration is suspended is tried after it is resumed.
+func TestSuspendBetweenRetries(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x := newRig(t, 2*mib, nil)
+		defer x.end(t)
+		var tried atomic.Int64
+		x.source.Fail(func(r *block.Request) error {
+			if r.Offset <= 3*64*kib && 3*64*kib < r.End() && tried.Add(1) < 4 {
+				return syscall.EIO
+			}
+			return nil
+		})
+		x.SetHydration(true)
+		synctest.Wait()
+		if n := x.Status().Hydrated; n != 31 {
+			t.Fatalf("%d regions are hydrated at first", n)
+		}
+		want(t, "suspend", x.Suspend(), nil)
+		before := tried.Load()
+		time.Sleep(time.Hour)
+		if tried.Load() != before {
+			t.Error("tried while it is suspended")
+		}
+		x.Resume()
+		synctest.Wait()
+		want(t, "suspend", x.Suspend(), nil)
+		x.Resume()
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		if st := x.Status(); st.Hydrated != st.Regions {
+			t.Errorf("status %v", st)
+		}
+	})
+}
+
+// TestFailureBehindTheLastLook: a copy that fails when the only worker has just found nothing makes it look again.
+func TestFailureBehindTheLastLook(t *testing.T) {
+	x := newRig(t, 2*mib, nil)
+	defer x.end(t)
+	y := &x.hydrator
+	h := x.pool.take(x.Clone, x.table.Load(), 0)
+	if h.claim(0, 2) != 2 {
+		t.Fatal("two regions are not to be had")
+	}
+	y.mu.Lock()
+	y.enabled, y.alive, y.regions, y.copies, y.again = true, 1, 2, 1, false
+	y.mu.Unlock()
+	y.copied(h, syscall.EIO)
+	y.mu.Lock()
+	again, pending := y.again, y.pending
+	y.alive, y.enabled = 0, false
+	y.mu.Unlock()
+	if !again || pending != 2 {
+		t.Errorf("look again: %v, with %d runs to be tried again", again, pending)
+	}
+	x.SetHydration(true)
+	want(t, "hydration", waitHydrated(x), nil)
+}
+
 // TestDeadSource: hydration stops when too many regions fail.
 func TestDeadSource(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -480,8 +480,8 @@ func (x *hydrator) copied(h *hydration, err error) {
 		events = append(events, Event{Kind: EventStopped, Err: fmt.Errorf(
 			"clone %q: hydration stops with %d regions that could not be copied, the first: %w", x.clone.name, len(x.failed), x.firstErr)})
 	}
-	if x.alive == 0 {
-		x.startLocked(1)
+	if err != nil || x.alive == 0 {
+		x.startLocked(1) // or lets who is about to end look again
 	}
 	x.cond.Broadcast()
 	x.mu.Unlock()
@@ -523,9 +523,6 @@ func (x *hydrator) againLocked(r run, pause time.Duration) {
 	}
 	x.failing[at] = append(x.failing[at], retryRun{r, time.Now().Add(pause)})
 	x.pending++
-	if pause > 0 {
-		x.timer.Reset(time.Until(x.dueLocked()))
-	}
 }
 
 // dueLocked is when the first run is due that waits.
@@ -541,7 +538,8 @@ func (x *hydrator) dueLocked() time.Time {
 	return due
 }
 
-// retryLocked takes a run that is due.
+// retryLocked takes a run that is due. If there is none the timer is set for the first that will be: who comes here and
+// finds nothing ends, and has to be started again.
 //
 // +checklocks:x.mu
 func (x *hydrator) retryLocked(now time.Time) (run, bool) {
@@ -553,6 +551,9 @@ func (x *hydrator) retryLocked(now time.Time) (run, bool) {
 			return r, true
 		}
 	}
+	if due := x.dueLocked(); !due.IsZero() && x.resumed {
+		x.timer.Reset(due.Sub(now))
+	}
 	return run{}, false
 }
 
@@ -561,9 +562,6 @@ func (x *hydrator) retryDue() {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	x.startLocked(x.workers)
-	if due := x.dueLocked(); !due.IsZero() && due.After(time.Now()) {
-		x.timer.Reset(time.Until(due))
-	}
 }
 
 // promote hydrates regions that were read before others, if there is room in the queue and nobody is in the way.
