@@ -282,6 +282,7 @@ func (c *Clone) Map(r *block.Request) block.Device {
 // that fails changes it before it says that it is over, so that there is nothing to commit only if nothing was lost.
 func (c *Clone) mapFlush(r *block.Request) block.Device {
 	if !c.uncommitted() && c.mode() == ReadWrite {
+		r.Push((*flushing)(c))
 		return c.dest
 	}
 	c.committer.add(r)

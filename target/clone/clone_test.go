@@ -382,6 +382,56 @@ func TestFailures(t *testing.T) {
 	}
 }
 
+// TestLostBeforeCommit: what was copied before a flush of the destination failed is not committed, though the flush was
+// made when there was nothing to commit, or by a commit that had taken the changes before.
+func TestLostBeforeCommit(t *testing.T) {
+	// held holds the first flush on its way to a destination that fails it, and no other.
+	held := func(t *testing.T) (*rig, *fault.Device) {
+		var hold *fault.Device
+		x := newRig(t, 256*kib, func(c *Config) {
+			hold = fault.New(c.Destination)
+			c.Destination = hold
+		})
+		var flushes atomic.Int32
+		x.dest.Fail(func(r *block.Request) error {
+			if isFlush(r) && flushes.Add(1) == 1 {
+				return syscall.EIO
+			}
+			return nil
+		})
+		hold.Hold(isFlush)
+		return x, hold
+	}
+	t.Run("a flush", func(t *testing.T) {
+		x, hold := held(t)
+		defer x.end(t)
+		flush := x.do(block.OpFlush, 0, 0, 0)
+		hold.WaitHeld(1)
+		want(t, "write", x.do(block.OpWrite, 0, 0, 64*kib).wait(t), nil)
+		hold.Release()
+		want(t, "flush", flush.wait(t), syscall.EIO)
+		x.events.wait(t, EventMode)
+		want(t, "flush", x.do(block.OpFlush, 0, 0, 0).wait(t), syscall.EIO)
+		if x.meta.hydrated(0) {
+			t.Error("what may be lost is committed")
+		}
+	})
+	t.Run("a commit", func(t *testing.T) {
+		x, hold := held(t)
+		defer x.end(t)
+		done := make(chan error, 1)
+		go func() { done <- x.Commit() }()
+		hold.WaitHeld(1)
+		want(t, "write", x.do(block.OpWrite, 0, 0, 64*kib).wait(t), nil)
+		hold.Release()
+		want(t, "commit", <-done, syscall.EIO)
+		want(t, "flush", x.do(block.OpFlush, 0, 0, 0).wait(t), syscall.EIO)
+		if x.meta.hydrated(0) {
+			t.Error("what may be lost is committed")
+		}
+	})
+}
+
 // readOnly: region 0 was committed before the clone became read-only, region 1 was not.
 func readOnly(t *testing.T, x *rig) {
 	t.Helper()

@@ -46,6 +46,8 @@ type committer struct {
 	timer   *time.Timer
 	work    sync.WaitGroup // the runner, and goroutines that complete requests
 	commits atomic.Uint64
+	// lost: why a flush of the destination has failed that no commit has made.
+	lost atomic.Pointer[error]
 }
 
 func (x *committer) init(c *Clone) {
@@ -148,6 +150,23 @@ func complete(list block.List, err error) {
 	}
 }
 
+// flushing is a Clone as the Completer of flushes of the destination that no commit makes. When one fails, what was copied
+// to regions that are not committed yet may be lost, even if the next flush succeeds: they must not be committed.
+type flushing Clone
+
+func (x *flushing) Complete(r *block.Request, err error) {
+	if err != nil {
+		(*Clone)(x).committer.lose(err)
+	}
+	r.Complete(err)
+}
+
+// lose makes the next commit, which begins at once, fail for this reason.
+func (x *committer) lose(cause error) {
+	x.lost.CompareAndSwap(nil, &cause)
+	x.now()
+}
+
 // commit is one commit. The caller is the runner.
 func (c *Clone) commit() error {
 	if c.mode() != ReadWrite {
@@ -167,10 +186,14 @@ func (c *Clone) commit() error {
 			return c.abort(fmt.Errorf("stage the hydrated regions: %w", err))
 		}
 	}
-	if err := x.flushDestination(); err != nil {
+	err := x.flushDestination()
+	if lost := x.lost.Load(); err == nil && lost != nil {
+		err = *lost
+	}
+	if err != nil {
 		err = fmt.Errorf("flush the destination: %w", err)
-		if len(changed) > 0 {
-			return c.abort(err)
+		if t != nil {
+			return c.abort(err) // with no change too: what is being copied may be lost
 		}
 		return err
 	}

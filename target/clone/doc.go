@@ -66,7 +66,8 @@
 //
 // # When metadata or destination fail
 //
-// The transaction is aborted, the bitmap read anew from the metadata, and the clone is read-only in the kernel's sense:
+// That is an error of the metadata, or of any flush of the destination while not everything is hydrated: what was copied
+// before it, and is not committed yet, may be lost, and a later flush that succeeds would not tell. The transaction is aborted, the bitmap read anew from the metadata, and the clone is read-only in the kernel's sense:
 // what is hydrated on disk can be read and written, the rest can be read from the source. If that fails too, or reading
 // the bitmap, the clone fails for good (Fail).
 //
