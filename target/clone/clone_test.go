@@ -558,6 +558,36 @@ func TestHolesAreNotRead(t *testing.T) {
 // engineReads is how many regions the engine has read.
 func (x *rig) engineReads() int64 { return int64(x.engine.Stats().BytesRead) / (64 * kib) }
 
+// TestHolesArePieces: a large hole is not made one write of zeroes that everybody else waits for.
+func TestHolesArePieces(t *testing.T) {
+	for _, none := range []bool{false, true} {
+		size := 34 * mib
+		if none {
+			size = mib
+		}
+		x := newRig(t, size, func(c *Config) {
+			c.Source = fault.New(sparse{newRAM(size)})
+			c.Threshold = 4
+		})
+		most := int64(zeroBytes)
+		if none {
+			x.to.limits.WriteZeroesMax = 0
+			most = 4 * 64 * kib
+		}
+		x.dest.Hold(func(r *block.Request) bool { return r.Op.Writes() })
+		x.SetHydration(true)
+		x.dest.WaitHeld(1)
+		x.SetHydration(false)
+		if n := int64(x.Status().Hydrating) * 64 * kib; n > most {
+			t.Errorf("%d bytes are in flight, write zeroes is missing: %v", n, none)
+		}
+		x.dest.Release()
+		x.SetHydration(true)
+		want(t, "hydration", waitHydrated(x), nil)
+		x.end(t)
+	}
+}
+
 // TestZeroDestinationNoMore: once a copy has failed, what is not hydrated is not known to be zero any more.
 func TestZeroDestinationNoMore(t *testing.T) {
 	const size = 1 << 20

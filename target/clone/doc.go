@@ -61,15 +61,17 @@
 //
 // Workers, at most one less than there are CPUs, take runs of regions and hand them to kcopyd; the threshold bounds the
 // regions in flight, the batch the length of a run. Where the source says that it has a hole nothing is read. While the
-// foreground is active a single worker goes on, with small pieces, and rests between them. A region that cannot be copied is tried a few times
-// more, with growing pauses, and then given up until somebody asks to try again; the others go on.
+// foreground is active a single worker goes on, with small pieces, and rests between them. A region that cannot be
+// copied is tried a few times more, with growing pauses, and then given up until somebody asks to try again; the others
+// go on.
 //
 // # When metadata or destination fail
 //
 // That is an error of the metadata, or of any flush of the destination while not everything is hydrated: what was copied
-// before it, and is not committed yet, may be lost, and a later flush that succeeds would not tell. The transaction is aborted, the bitmap read anew from the metadata, and the clone is read-only in the kernel's sense:
-// what is hydrated on disk can be read and written, the rest can be read from the source. If that fails too, or reading
-// the bitmap, the clone fails for good (Fail).
+// before it, and is not committed yet, may be lost, and a later flush that succeeds would not tell. The transaction is
+// aborted, the bitmap read anew from the metadata, and the clone is read-only in the kernel's sense: what is hydrated on
+// disk can be read and written, the rest can be read from the source. No flush succeeds any more. If that fails too, or
+// reading the bitmap, the clone fails for good (Fail).
 //
 // # Lock order
 //

@@ -53,6 +53,8 @@ const (
 	// zeroRunMax bounds the regions of a hole that are settled in one go, and markedMax those that are without a commit,
 	// after which the memory of their state is given back.
 	zeroRunMax = 1 << 18
+	// zeroBytes bounds one write of zeroes, if a region is not larger: writes to its regions wait for it.
+	zeroBytes = writeZeroesMax
 	markedMax  = 1 << 22
 )
 
@@ -396,11 +398,14 @@ func (x *hydrator) claim(h *hydration, most Region) bool {
 	if r.attempt == 0 {
 		e := x.extentAt(c.offset(start))
 		h.zero = e.zero && e.end >= c.end(start+1)
+		if h.zero {
+			most = x.zeroes(most)
+		}
 		switch {
 		case h.zero && e.end >= c.size:
-			end = min(r.end, start+zeroRunMax)
+			end = min(r.end, start+most)
 		case h.zero:
-			end = min(r.end, start+zeroRunMax, c.region(e.end))
+			end = min(r.end, start+most, c.region(e.end))
 		case e.zero:
 			end = start + 1
 		default:
@@ -410,6 +415,18 @@ func (x *hydrator) claim(h *hydration, most Region) bool {
 	n := h.claim(start, end)
 	r.start = start + max(n, 1)
 	return n > 0
+}
+
+// zeroes is how many regions of a hole are hydrated in one go, where a copy may have so many: more if the destination need
+// not be written to, or writes zeroes by itself.
+func (x *hydrator) zeroes(most Region) Region {
+	switch c := x.clone; {
+	case c.destZero.Load():
+		return zeroRunMax
+	case c.dest.Limits().WriteZeroesMax > 0:
+		return max(most, zeroBytes>>c.shift)
+	}
+	return most
 }
 
 // mark settles regions that are zeroes on both sides already.
