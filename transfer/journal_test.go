@@ -17,6 +17,7 @@ import (
 type volatile struct {
 	block.Device // tells its size
 	flushesLeft  int
+	forgets      bool // a flush that fails loses the cache, and later ones succeed, like fsync
 
 	mu      sync.Mutex
 	durable []byte
@@ -32,6 +33,10 @@ func (v *volatile) Submit(r *block.Request) {
 	case block.OpFlush:
 		if v.flushesLeft--; v.flushesLeft < 0 {
 			err = block.NewError(r, syscall.EIO, "the power has failed")
+			if v.forgets {
+				copy(v.cached, v.durable)
+				v.flushesLeft = 100
+			}
 		} else {
 			copy(v.durable, v.cached)
 		}
@@ -81,4 +86,28 @@ func TestJournalAfterPowerCut(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestJournalAfterFailedFlush: a flush that succeeds after one that has failed says nothing about what the first was to
+// make durable. Servers that pass fsync on behave so.
+func TestJournalAfterFailedFlush(t *testing.T) {
+	const size = 49 << 20
+	content := bytes.Repeat([]byte{7}, size)
+	source := newDevice(t, "mem", size, &image{content: content})
+	v := &volatile{Device: source, flushesLeft: 1, forgets: true, durable: make([]byte, size), cached: make([]byte, size)}
+	path := filepath.Join(t.TempDir(), "journal")
+	synctest.Test(t, func(t *testing.T) {
+		j, err := CreateJournal(path, Identity{Size: size}, Identity{Size: size}, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer j.Close()
+		_, err = Run(t.Context(), Options{Source: source, Destination: v, Journal: j, Zeroed: true, Rate: 16 << 20, Queues: 2})
+		if !errors.Is(err, syscall.EIO) {
+			t.Fatalf("got %v", err)
+		}
+		if j.Done() != 16<<20 || !bytes.Equal(v.durable[:j.Done()], content[:j.Done()]) {
+			t.Errorf("the journal says that %d bytes are durable, and they are not", j.Done())
+		}
+	})
 }

@@ -24,6 +24,7 @@ type keeper struct {
 	device   writeBacker // nil: there is nothing to start
 	started  int64       // the write-back of all before has been started
 	recorded int64       // the mark in the journal
+	doubt    bool        // a flush or write-back has failed: what it was to cover may be gone, whatever a later one says
 }
 
 func newKeeper(p *planner) *keeper {
@@ -65,6 +66,7 @@ func (k *keeper) writeBack() error {
 		return nil
 	}
 	if err := k.device.WriteBack(k.started, mark-k.started); err != nil {
+		k.doubt = true
 		return fmt.Errorf("destination: %w", err)
 	}
 	k.started = mark
@@ -78,6 +80,7 @@ func (k *keeper) record() error {
 		return nil
 	}
 	if err := flush(k.Destination); err != nil {
+		k.doubt = true
 		return fmt.Errorf("destination: %w", err)
 	}
 	if err := k.Journal.Record(mark); err != nil {
@@ -88,9 +91,10 @@ func (k *keeper) record() error {
 }
 
 // last writes down what had been copied when the transfer ended before its time. Where that fails the journal stays as it
-// was, and what it says is still true; the transfer has an error of its own.
+// was, and what it says is still true; the transfer has an error of its own. After a flush that has failed there is no
+// other: a server that passes fsync on would call it a success, although what was to be durable is lost.
 func (k *keeper) last() {
-	if k.Journal != nil {
+	if k.Journal != nil && !k.doubt {
 		_ = k.record()
 	}
 }
