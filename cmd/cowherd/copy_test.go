@@ -317,8 +317,14 @@ func TestCopyNoRoom(t *testing.T) {
 // mountTmpfs mounts a file system in memory.
 func mountTmpfs(t *testing.T, options string) string {
 	t.Helper()
+	return mountMemory(t, "tmpfs", options)
+}
+
+// mountMemory mounts a file system of a type that needs no disk, and returns where.
+func mountMemory(t *testing.T, kind, options string) string {
+	t.Helper()
 	dir := t.TempDir()
-	if err := unix.Mount("cowherd-test", dir, "tmpfs", 0, options); err != nil {
+	if err := unix.Mount("cowherd-test", dir, kind, 0, options); err != nil {
 		t.Skipf("no file system can be mounted: %v", err)
 	}
 	t.Cleanup(func() {
@@ -327,6 +333,25 @@ func mountTmpfs(t *testing.T, options string) string {
 		}
 	})
 	return dir
+}
+
+// TestCopyNoDirect: where a file system has no direct I/O an image that is there already stays, and no other is made.
+func TestCopyNoDirect(t *testing.T) {
+	t.Chdir(mountMemory(t, "ramfs", ""))
+	if _, err := os.OpenFile(".probe", os.O_RDWR|os.O_CREATE|unix.O_DIRECT, 0o600); err == nil {
+		t.Skip("ramfs has direct I/O here")
+	}
+	if err := os.Remove(".probe"); err != nil {
+		t.Fatal(err)
+	}
+	source := filepath.Join(scratchDir(t), "a")
+	sampleImage(t, source, 1<<20)
+	content := sampleImage(t, "b", 1<<20)
+	for _, args := range [][]string{{"b"}, {"b", "--force"}, {"c"}} {
+		cowherd(t, append([]string{"copy", source, "--direct"}, args...)...).want(t, exitError, "", "the file system has no direct I/O")
+	}
+	only(t, ".", "b")
+	holds(t, "b", content)
 }
 
 // TestCopyLoop: a loop device is its file.

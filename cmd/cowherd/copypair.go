@@ -91,11 +91,14 @@ func (c *copyCmd) openImage(p *pair) (err error) {
 	}
 	f, err := os.OpenFile(e.path, flags, p.source.mode())
 	p.created = err == nil
-	if errors.Is(err, os.ErrExist) {
+	mine := !errors.Is(err, os.ErrExist)
+	if !mine {
 		f, err = os.OpenFile(e.path, flags&^(os.O_CREATE|os.O_EXCL), 0)
 	}
 	if errors.Is(err, syscall.EINVAL) && c.Direct {
-		_ = os.Remove(e.path) // O_CREATE leaves it there
+		if mine {
+			_ = os.Remove(e.path) // O_CREATE leaves it there
+		}
 		return fmt.Errorf("the file system has no direct I/O: %w", err)
 	}
 	if err != nil {
