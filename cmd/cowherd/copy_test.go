@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -240,6 +241,68 @@ func TestCopyInterrupted(t *testing.T) {
 	cowherd(t, "copy", "a", "d", "--force").want(t, exitOK, "", "")
 	holds(t, "d", content)
 	only(t, ".", "a", "c", "d")
+}
+
+// TestCopyResumeChanged: what has become of a destination since is found out. An image that is gone is made anew, even
+// where the file system gives the new one the number of the old; one that was not emptied yet is; one that has another
+// size is refused.
+func TestCopyResumeChanged(t *testing.T) {
+	t.Chdir(scratchDir(t))
+	const n = 40 << 20
+	content := sampleImage(t, "a", n)
+	begin := func(done int64) {
+		t.Helper()
+		if err := os.WriteFile("b", content[:done], 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Truncate("b", n); err != nil {
+			t.Fatal(err)
+		}
+		var ids [2]transfer.Identity
+		for i, path := range []string{"a", "b"} {
+			var err error
+			if ids[i], err = identify(kindFile, path, n); err != nil {
+				t.Fatal(err)
+			}
+		}
+		ids[1].Modified = 0
+		j, err := transfer.CreateJournal("b"+journalSuffix, ids[0], ids[1], true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(j.Record(done), j.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	begin(32 << 20)
+	if err := os.Remove("b"); err != nil {
+		t.Fatal(err)
+	}
+	cowherd(t, "copy", "a", "b", "--resume").want(t, exitOK, "b: 40 MiB", "")
+	holds(t, "b", content)
+
+	begin(0)
+	if err := os.WriteFile("b", bytes.Repeat([]byte{7}, n+4096), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cowherd(t, "copy", "a", "b", "--resume").want(t, exitOK, "b: 40 MiB", "")
+	holds(t, "b", content)
+
+	for _, journal := range []string{"a", "new", "b"} { // what is no journal of this copy is left alone
+		cowherd(t, "copy", "a", "new", "--resume", "--journal", journal).want(t, exitError, "", "journal "+journal)
+		holds(t, "a", content)
+		holds(t, "b", content)
+		only(t, ".", "a", "b")
+	}
+
+	for _, size := range []int64{n + 512, n - 512, 0} {
+		begin(32 << 20)
+		if err := os.Truncate("b", size); err != nil {
+			t.Fatal(err)
+		}
+		cowherd(t, "copy", "a", "b", "--resume").want(t, exitError, "", fmt.Sprintf("it had %d bytes, and has %d now", int64(n), size))
+		only(t, ".", "a", "b", "b"+journalSuffix)
+	}
 }
 
 // TestCopyKilled kills a copy again and again, at random moments; what is made durable before is never done again, and

@@ -132,9 +132,17 @@ func (c *copyCmd) prepareImage(p *pair, f *os.File) error {
 	_, err = os.Lstat(p.journalPath)
 	unfinished := err == nil
 	switch {
-	case unfinished && c.Resume:
-		return p.openJournal(false)
-	case unfinished && !c.Force:
+	case unfinished && c.Resume && !p.created:
+		return p.goOn(f, want)
+	case unfinished && c.Resume && c.Journal != "": // nothing but the journal of this very copy is replaced
+		if err := p.openJournal(false); err != nil {
+			return err
+		}
+		if err := p.journal.Close(); err != nil {
+			return err
+		}
+		p.journal, p.start = nil, 0
+	case unfinished && !c.Resume && !c.Force:
 		return fmt.Errorf("%s tells of a copy to %s that was not finished: --resume goes on with it, --force starts anew: %w",
 			p.journalPath, e.name, syscall.EEXIST)
 	case holdsData && !c.Force:
@@ -147,6 +155,26 @@ func (c *copyCmd) prepareImage(p *pair, f *os.File) error {
 	}
 	p.zeroed = true
 	return p.empty(f, holdsData, want)
+}
+
+// goOn goes on with the copy to a file. Before anything is durable it may have a size of its own: the machine went down
+// before it was emptied, or before that was durable.
+func (p *pair) goOn(f *os.File, want int64) error {
+	if err := p.openJournal(false); err != nil {
+		return err
+	}
+	stat, err := f.Stat()
+	switch {
+	case err != nil:
+		return err
+	case p.start == 0:
+		p.zeroed = true
+		return p.empty(f, true, want)
+	case stat.Size() != want:
+		return fmt.Errorf("%s cannot be gone on with: it had %d bytes, and has %d now: %w", p.destination.name, want,
+			stat.Size(), syscall.ESTALE)
+	}
+	return nil
 }
 
 // empty makes the file one hole of a size. A file that holds no data is not cut, for what room it has.
