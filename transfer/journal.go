@@ -35,6 +35,9 @@ type Identity struct {
 	Inode  uint64 `json:"inode,omitempty"`
 	// Modified is when a source that is a file was last written, in nanoseconds since 1970; 0 for others.
 	Modified int64 `json:"modified_ns,omitempty"`
+	// Taken is when a snapshot behind an export was taken, in nanoseconds since 1970; 0 for others, and when it is not
+	// known.
+	Taken int64 `json:"taken_ns,omitempty"`
 }
 
 // same tells in words why now is not what i was; "" if it is.
@@ -44,6 +47,8 @@ func (i Identity) same(now Identity) string {
 		return fmt.Sprintf("it is another one: it was the %s %s", i.Kind, i.Name)
 	case i.Size != now.Size:
 		return fmt.Sprintf("it had %d bytes, and has %d now", i.Size, now.Size)
+	case i.Taken != now.Taken:
+		return "it is another snapshot of the same name"
 	case i.Modified != now.Modified:
 		return "it has been written since"
 	}

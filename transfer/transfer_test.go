@@ -371,6 +371,7 @@ func TestJournal(t *testing.T) {
 		text   string
 	}{
 		{func(a, b *Identity) { a.Modified++ }, "source cannot be gone on with: it has been written since"},
+		{func(a, b *Identity) { a.Taken++ }, "it is another snapshot of the same name"},
 		{func(a, b *Identity) { a.Size++ }, "it had 104857600 bytes, and has 104857601 now"},
 		{func(a, b *Identity) { a.Inode++ }, "it is another one: it was the file /a"},
 		{func(a, b *Identity) { b.Name = "nbd://c" }, "destination cannot be gone on with: it is another one"},

@@ -133,6 +133,8 @@ func TestCopyRefuses(t *testing.T) {
 		"a dir":                             "dir is a directory: name the file in it",
 		"dir b":                             "dir is a directory",
 		"a a --force":                       "a and a are the same",
+		"a /dev/cowherd-no-such-device":     "there is no such device",
+		"a /dev/../dev/cowherd/none":        "there is no such device",
 		"a hard --force":                    "the same",
 		"a soft --force":                    "the same",
 		"soft hard --force":                 "the same",
@@ -204,9 +206,31 @@ func TestCopyLive(t *testing.T) {
 	holds(t, "now.img", append(other, content[2<<20:]...))
 	cowherd(t, "copy", "vm@a", "then.img").want(t, exitOK, "", "")
 	holds(t, "then.img", content)
+	sampleImage(t, "large", 4<<20)
+	cowherd(t, "copy", "large", "vm", "--force", "--resume", "--journal", "j").want(t, exitError, "", "vm is too small: it has 3145728 bytes, and large 4194304")
+	if _, err := os.Stat("j"); err == nil {
+		t.Error("a journal was begun for a copy that cannot be")
+	}
 	sampleImage(t, "vm", 1<<20)
 	cowherd(t, "copy", "vm", "c.img").want(t, exitError, "", "vm is a file and a live device: write ./vm")
 	cowherd(t, "copy", "./vm", "c.img").want(t, exitOK, "", "")
+}
+
+// TestCopyResumeSnapshot: a copy of a snapshot is not gone on with from another one of the same name.
+func TestCopyResumeSnapshot(t *testing.T) {
+	t.Chdir(serve(t))
+	sampleImage(t, "disk.img", 20<<20)
+	cowherd(t, "attach", "vm", "disk.img").want(t, exitOK, "attached", "")
+	cowherd(t, "snapshot", "vm@a").want(t, exitOK, "taken", "")
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	var stdout, stderr bytes.Buffer
+	if run(ctx, []string{"copy", "vm@a", "b", "--resume", "--rate", "1M"}, nil, &stdout, &stderr) != exitError {
+		t.Fatal(stdout.String(), stderr.String())
+	}
+	cowherd(t, "rm", "vm@a").want(t, exitOK, "", "")
+	cowherd(t, "snapshot", "vm@a").want(t, exitOK, "taken", "")
+	cowherd(t, "copy", "vm@a", "b", "--resume").want(t, exitError, "", "it is another snapshot of the same name")
 }
 
 // TestCopyInterrupted: a new image vanishes, an old one is marked, and with a journal the copy goes on.

@@ -39,6 +39,9 @@ const (
 // findEnd finds out what an argument of the command means. A path that leads nowhere is a file that may be made.
 func (c *copyCmd) findEnd(ctx context.Context, s *session, name string, destination bool) (*copyEnd, error) {
 	e := &copyEnd{name: name}
+	if name == "" {
+		return nil, usagef("the name of the source or of the destination is empty")
+	}
 	if nbd.IsURI(name) {
 		return e, e.setURI(name)
 	}
@@ -54,14 +57,18 @@ func (c *copyCmd) findEnd(ctx context.Context, s *session, name string, destinat
 		case len(live.URIs) == 0:
 			return nil, fmt.Errorf("%s is a live device that the daemon does not export", name)
 		}
-		return e, e.setURI(live.URIs[0])
+		err = e.setURI(live.URIs[0])
+		if live.Snapshot != nil {
+			e.identity.Taken = live.Since.UnixNano() // a later snapshot of the same name is another one
+		}
+		return e, err
 	}
 	if err != nil && (!destination || !errors.Is(err, os.ErrNotExist)) {
 		return nil, err
 	}
 	if err != nil {
 		e.path, e.identity.Kind = name, kindFile
-		return e, nil
+		return e, checkNew(name)
 	}
 	switch {
 	case stat.IsDir():
@@ -75,6 +82,19 @@ func (c *copyCmd) findEnd(ctx context.Context, s *session, name string, destinat
 	}
 	e.path, err = filepath.EvalSymlinks(name)
 	return e, err
+}
+
+// checkNew refuses to make an image where only devices are: a name there that leads nowhere is a device that is not, and
+// an image would fill the memory.
+func checkNew(name string) error {
+	path, err := filepath.Abs(name)
+	if err != nil {
+		return err
+	}
+	if strings.HasPrefix(path, "/dev/") && !strings.HasPrefix(path, "/dev/shm/") {
+		return fmt.Errorf("%s: there is no such device: %w", name, syscall.ENODEV)
+	}
+	return nil
 }
 
 // setURI makes e an export.

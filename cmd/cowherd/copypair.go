@@ -76,10 +76,26 @@ func (c *copyCmd) openDestination(ctx context.Context, p *pair) (err error) {
 			err = fmt.Errorf("%s is mounted, or another program holds it: %w", e.name, err)
 		}
 	}
+	if err == nil {
+		err = p.fits()
+	}
 	if err == nil && c.Resume {
 		err = p.openJournal(false)
 	}
 	return err
+}
+
+// fits refuses a destination that cannot take the copy, before anything is written to it.
+func (p *pair) fits() error {
+	to, need := p.destination.device, p.source.device.Size()
+	switch {
+	case to.Limits().ReadOnly:
+		return fmt.Errorf("%s is read-only: %w", p.destination.name, syscall.EROFS)
+	case to.Size() < need:
+		return fmt.Errorf("%s is too small: it has %d bytes, and %s %d: %w", p.destination.name, to.Size(), p.source.name, need,
+			syscall.ENOSPC)
+	}
+	return nil
 }
 
 // openImage opens or makes the file that the copy goes to. It is locked before anything is done to it.
