@@ -80,6 +80,30 @@ func TestBlockDevice(t *testing.T) {
 	}
 }
 
+// TestBlockDeviceReadOnly: a disk that is switched to read-only is a read-only device, however it was opened.
+func TestBlockDeviceReadOnly(t *testing.T) {
+	path := loopDevice(t, 512)
+	if out, err := exec.Command("blockdev", "--setro", path).CombinedOutput(); err != nil {
+		t.Skipf("blockdev --setro: %v: %s", err, out)
+	}
+	t.Cleanup(func() { // or whoever gets the loop device next would have it read-only
+		if out, err := exec.Command("blockdev", "--setrw", path).CombinedOutput(); err != nil {
+			t.Errorf("blockdev --setrw %s: %v: %s", path, err, out)
+		}
+	})
+	d, err := Open(path, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	closing(t, d)
+	if !d.Limits().ReadOnly || d.Limits().NeedsFlush {
+		t.Errorf("limits %+v", d.Limits())
+	}
+	if err := block.Read(d, make([]byte, 512), 0); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestBlockDeviceLacks: what a block device cannot do is done another way, or refused.
 func TestBlockDeviceLacks(t *testing.T) {
 	leaks(t)

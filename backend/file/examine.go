@@ -99,6 +99,9 @@ func (d *Device) examineBlock(st *unix.Stat_t) error {
 	}
 	l := &d.limits
 	l.LogicalBlock = logical
+	if readOnly, err := unix.IoctlGetInt(d.fd, unix.BLKROGET); err == nil && readOnly != 0 {
+		l.ReadOnly, l.NeedsFlush = true, false // root may open it for writing all the same
+	}
 	size, err := d.blockSize()
 	if err != nil {
 		return err
