@@ -206,6 +206,10 @@ func TestCopyLive(t *testing.T) {
 	holds(t, "now.img", append(other, content[2<<20:]...))
 	cowherd(t, "copy", "vm@a", "then.img").want(t, exitOK, "", "")
 	holds(t, "then.img", content)
+	cowherd(t, "dm", "create", "mapped", "--table", "0 8 zero").want(t, exitOK, "", "")
+	cowherd(t, "copy", "other.img", "mapped").want(t, exitError, "", "mapped is a mapped device: name its NBD URI")
+	cowherd(t, "copy", "mapped", "d.img").want(t, exitError, "", "mapped is a mapped device")
+	cowherd(t, "copy", "other.img", "./mapped").want(t, exitOK, "", "")
 	sampleImage(t, "large", 4<<20)
 	cowherd(t, "copy", "large", "vm", "--force", "--resume", "--journal", "j").want(t, exitError, "", "vm is too small: it has 3145728 bytes, and large 4194304")
 	if _, err := os.Stat("j"); err == nil {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -63,10 +64,13 @@ func (c *copyCmd) findEnd(ctx context.Context, s *session, name string, destinat
 		}
 		return e, err
 	}
-	if err != nil && (!destination || !errors.Is(err, os.ErrNotExist)) {
-		return nil, err
-	}
 	if err != nil {
+		if mapped := checkMapped(ctx, s, name); mapped != nil {
+			return nil, mapped
+		}
+		if !destination || !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
 		e.path, e.identity.Kind = name, kindFile
 		return e, checkNew(name)
 	}
@@ -258,6 +262,24 @@ func standsOn(path string) []string {
 		list = append(list, strings.TrimSuffix(string(backing), "\n"))
 	}
 	return list
+}
+
+// checkMapped refuses the name of a mapped device of the daemon, which is exported but not listed with its URIs: a file
+// of that name is not what is meant.
+func checkMapped(ctx context.Context, s *session, name string) error {
+	if strings.ContainsRune(name, filepath.Separator) {
+		return nil
+	}
+	client, err := s.client()
+	if err != nil {
+		return nil
+	}
+	defer client.Close()
+	devices, err := client.DMDevices(ctx)
+	if err == nil && slices.ContainsFunc(devices, func(d api.DMDevice) bool { return d.Name == name }) {
+		return fmt.Errorf("%s is a mapped device: name its NBD URI, or .%c%s for a file", name, filepath.Separator, name)
+	}
+	return nil
 }
 
 // mode is the permissions of a new image: those of the source, without the right to execute it.

@@ -184,6 +184,9 @@ func TestHelp(t *testing.T) {
 		help.want(t, exitOK, "Example", "")
 		help.want(t, exitOK, "    cowherd "+command, "")
 	}
+	cowherd(t, "help").want(t, exitOK, "Usage: cowherd <command>", "")
+	cowherd(t, "help", "copy").want(t, exitOK, "Usage: cowherd copy", "")
+	cowherd(t, "help", "nothing").want(t, exitUsage, "", "nothing")
 	for _, command := range []string{"info", "dump", "check", "repair", "export", "merge", "diff"} {
 		cowherd(t, "cow", command, "--help").want(t, exitOK, "    cowherd cow "+command, "")
 	}
