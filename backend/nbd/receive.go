@@ -107,8 +107,8 @@ func (c *conn) answered(s *slot) {
 	c.corked = true
 	var done outcome
 	switch {
-	case again && c.cause == nil && (shutdown || !c.up && s.command != cmdRead && s.command != cmdBlockStatus):
-		// It goes over the next connection. An acknowledgement of a lost one comes too late for durable.go.
+	case again && c.cause == nil && shutdown, c.tooLateLocked(s):
+		// It goes over the next connection.
 	case s.state == slotSending:
 		s.state = slotAnswered // the sender still reads its memory
 	default:
@@ -124,6 +124,15 @@ func (c *conn) answered(s *slot) {
 	case shutdown:
 		c.retire(broken(errShuttingDown), lingerLimit)
 	}
+}
+
+// tooLateLocked tells whether an answer to s is not listened to: an acknowledgement of a connection that is lost comes
+// too late for durable.go, whoever settles it, and is done again over the next one.
+//
+// +checklocks:c.mu
+func (c *conn) tooLateLocked(s *slot) bool {
+	again := c.device.config.ReconnectTimeout > 0 && c.cause == nil
+	return again && !c.up && s.command != cmdRead && s.command != cmdBlockStatus
 }
 
 // errShuttingDown is the end of a connection by a server that says so in time.

@@ -388,6 +388,36 @@ func TestWitness(t *testing.T) {
 	}
 }
 
+// TestLateAcknowledgement: a write that is answered before its batch is out does not count when the connection is lost
+// in between: the flush of a younger connection, which heard of the loss before, would cover it without knowing of it.
+func TestLateAcknowledgement(t *testing.T) {
+	near, far := net.Pipe()
+	defer near.Close()
+	defer far.Close()
+	for _, up := range []bool{true, false} {
+		e := export{size: 1 << 20, flags: flagFlush, logicalBlock: 512, partMax: partMax}
+		d := &Device{config: Config{ReconnectTimeout: time.Minute}, export: e}
+		c := newConn(d, 0, near, e)
+		d.conns = []*conn{c}
+		r := &block.Request{Op: block.OpWrite, Length: 512, Data: make([]byte, 512)}
+		c.mu.Lock()
+		c.freeLen--
+		s := &c.slots[c.free[c.freeLen]]
+		c.loadLocked(s, r)
+		c.inflight++
+		s.state, c.up = slotAnswered, up
+		c.out.batch = append(c.out.batch, s)
+		c.nextBatchLocked()
+		c.mu.Unlock()
+		if up && (len(c.out.early) != 1 || d.acked() != 1) {
+			t.Errorf("an answer in time: %d settled, %d acknowledged", len(c.out.early), d.acked())
+		}
+		if !up && (len(c.out.early) != 0 || d.acked() != 0 || s.state != slotSent || s.request != r) {
+			t.Errorf("an answer too late: %d settled, %d acknowledged, state %d", len(c.out.early), d.acked(), s.state)
+		}
+	}
+}
+
 // TestFlushMoves has the connection that a flush was sent on break: the other one has to answer for it.
 func TestFlushMoves(t *testing.T) {
 	p := make([]byte, 4096)

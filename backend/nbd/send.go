@@ -128,7 +128,7 @@ func (c *conn) fill() bool {
 func (c *conn) nextBatchLocked() (bye bool) {
 	o := &c.out
 	for _, s := range o.batch {
-		if s.state == slotAnswered {
+		if s.state == slotAnswered && !c.tooLateLocked(s) {
 			o.early = append(o.early, c.settleLocked(s))
 		} else {
 			s.state = slotSent
