@@ -51,7 +51,7 @@ type Copier interface {
 	// Copy copies length bytes of source at from to this device at to, by one call of the method. It blocks for as
 	// long as that takes. It returns how many bytes from the start of the range were surely copied; less than length
 	// without an error is a short copy, to be gone on with, and 0 without an error means that the method is of no use
-	// here. ENOTSUP: the method is absent for this pair, and what was not copied is to be copied in another way. Every
+	// for the beginning of this range, though it may be for others. ENOTSUP: the method is absent for this pair, and what was not copied is to be copied in another way. Every
 	// other error is one of I/O (EIO, ENOSPC) and must surface; the range behind the bytes returned is then undefined.
 	Copy(method CopyMethod, source Device, from, to, length int64) (int64, error)
 }

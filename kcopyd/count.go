@@ -67,7 +67,7 @@ type RouteStats struct {
 	Source      string `json:"source"`
 	Destination string `json:"destination"`
 	Method      string `json:"method"`
-	Absent      string `json:"absent,omitempty"`    // why it is not used any more
+	Absent      string `json:"absent,omitempty"`    // why it is not used for now
 	Threshold   int64  `json:"threshold,omitempty"` // bytes; from there on it is faster; 0: nowhere
 	Waiting     int    `json:"waiting"`             // pieces in the destination's lane that have no call yet
 }

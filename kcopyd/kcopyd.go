@@ -46,7 +46,8 @@
 //	          the first route of the pair that is not absent, may be used, and fits the alignment:
 //	              learnt to be faster for the job's size      none: let the layers go, read and write a piece
 //	          wait in the destination's lane, call block.Copier.Copy until the part is copied
-//	              short: go on; ENOTSUP or no progress: the route is absent from now on, plan the rest anew;
+//	              short: go on; no progress: read and write the next SubJobSize, then look again;
+//	              ENOTSUP, or no progress stuckMost times in a row: the route is absent for absentFor, plan anew;
 //	              any other error is the job's
 //	          let the layers go, start from the next part
 //

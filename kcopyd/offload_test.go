@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"cowherd/block"
 	"cowherd/internal/invariant"
@@ -257,11 +259,11 @@ func TestOffloadFaults(t *testing.T) {
 			}
 			return n, nil
 		}, 1 << 20, 2*length - 1<<20, 6, "absent", nil},
-		{"stuck", func(m block.CopyMethod, _, _, n int64) (int64, error) { return 0, nil }, 0, 0, 2, "no-progress", nil},
+		{"stuck", func(m block.CopyMethod, _, _, n int64) (int64, error) { return 0, nil }, 0, 0, 12, "no-progress", nil},
 		{"short", func(m block.CopyMethod, _, _, n int64) (int64, error) { return min(n, 1<<20+100), nil },
 			2 * length, 0, 6, "", nil},
 		{"too short", func(m block.CopyMethod, _, _, n int64) (int64, error) { return min(n, 500), nil },
-			0, 0, 2, "no-progress", nil},
+			0, 0, 12, "no-progress", nil},
 		{"more than asked", func(m block.CopyMethod, _, _, n int64) (int64, error) { return n, nil }, 2 * length, 0, 2, "", nil},
 		{"I/O error", func(block.CopyMethod, int64, int64, int64) (int64, error) { return 4096, syscall.EIO },
 			0, 0, 2, "", syscall.EIO},
@@ -301,6 +303,93 @@ func TestOffloadFaults(t *testing.T) {
 					t.Errorf("offers were asked for %d times", to.asked.Load())
 				}
 			})
+		})
+	}
+}
+
+// TestOffloadStuck: where one range makes no progress, what lies around it is cloned all the same, and a job that insists
+// fails.
+func TestOffloadStuck(t *testing.T) {
+	forLanes(t, Config{}, func(t *testing.T, e testEngine) {
+		const length, hole = 32 << 20, 20 << 20
+		from, to := newLeaf(t, "a", length), newLeaf(t, "b", length, cloneOffer(4096))
+		fill(from.data, rand.New(rand.NewPCG(1, 1)))
+		to.fault = func(_ block.CopyMethod, _, at, n int64) (int64, error) {
+			if at <= hole {
+				return min(n, hole-at), nil // short in front of it, and 0 there
+			}
+			return n, nil
+		}
+		for range 2 * stuckMost {
+			run(e, &Job{From: Region{from, hole}, To: []Region{{to, hole}}, Length: SubJobSize})
+			j := &Job{From: Region{from, 0}, To: []Region{{to, 0}}, Length: length}
+			if run(e, j); j.Err() != nil || !bytes.Equal(from.data, to.data) {
+				t.Fatalf("error %v, or wrong bytes", j.Err())
+			}
+		}
+		s := e.Stats()
+		if n := methodBytes(s, "clone"); n < 2*stuckMost*(length-SubJobSize) || s.Routes[0].Absent != "" {
+			t.Errorf("%d bytes cloned, routes %+v", n, s.Routes)
+		}
+		if n := fallbacks(s, "no-progress"); n < 2*stuckMost {
+			t.Errorf("%d fallbacks", n)
+		}
+		j := &Job{From: Region{from, hole}, To: []Region{{to, hole}}, Length: SubJobSize, Offload: CloneOnly}
+		if run(e, j); !errors.Is(j.WriteErr, syscall.ENOTSUP) || !strings.Contains(j.WriteErr.Error(), "no progress") {
+			t.Errorf("a clone of what makes no progress: %v", j.Err())
+		}
+	})
+}
+
+// TestOffloadAgain: a method that was absent is asked for again after a while, by one job, and used when it is there.
+func TestOffloadAgain(t *testing.T) {
+	for _, stuck := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			e := NewScaled(Config{})
+			from, to := newLeaf(t, "a", 1<<20), newLeaf(t, "b", 1<<20, cloneOffer(4096))
+			gone := true
+			to.fault = func(_ block.CopyMethod, _, _, n int64) (int64, error) {
+				switch {
+				case gone && stuck:
+					return 0, nil
+				case gone:
+					return 0, syscall.ENOTSUP
+				}
+				return n, nil
+			}
+			copies := func(n int) (calls int) {
+				before := to.callCount()
+				for range n {
+					j := &Job{From: Region{from, 0}, To: []Region{{to, 0}}, Length: 256 << 10}
+					if run(e, j); j.Err() != nil {
+						t.Fatal(j.Err())
+					}
+				}
+				return to.callCount() - before
+			}
+			first := 1
+			if stuck {
+				first = stuckMost
+			}
+			if n := copies(20); n != first {
+				t.Errorf("%d calls, want %d", n, first)
+			}
+			time.Sleep(absentFor - 1)
+			if n := copies(3); n != 0 {
+				t.Errorf("%d calls before the time is over", n)
+			}
+			time.Sleep(1)
+			if n := copies(3); n != 1 {
+				t.Errorf("%d calls after it, want 1", n)
+			}
+			gone = false
+			time.Sleep(absentFor)
+			if n := copies(5); n != 5 || e.Stats().Routes[0].Absent != "" {
+				t.Errorf("%d calls, want 5; routes %+v", n, e.Stats().Routes)
+			}
+			if err := e.Close(); err != nil {
+				t.Error(err)
+			}
 		})
 	}
 }

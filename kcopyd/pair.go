@@ -6,6 +6,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"cowherd/block"
 )
@@ -13,6 +14,15 @@ import (
 // pairsMax bounds how many pairs of devices an engine remembers. The oldest is forgotten first: what it had learnt is
 // found out again within a few copies.
 const pairsMax = 128
+
+const (
+	// stuckMost is how many calls in a row may copy nothing before the method counts as absent: a range that is in the page
+	// cache, or that overlaps, says nothing about others.
+	stuckMost = 8
+	// absentFor is for how long a method that was absent is not asked for again: what forbade it (an attribute of a file, a
+	// server that was updated) may have gone.
+	absentFor = time.Minute
+)
 
 // absentErrno is how a device says that it has no such method for the two devices.
 const absentErrno = syscall.ENOTSUP
@@ -28,7 +38,9 @@ type route struct {
 	copier                 block.Copier
 	offer                  block.CopyOffer
 	lane                   *lane
-	absent                 atomic.Uint32 // a reason: the method is not to be tried again
+	absent                 atomic.Uint32 // a reason: the method is not to be tried until again
+	again                  atomic.Int64  // ns of the engine's clock; valid while absent
+	stuck                  atomic.Int32  // calls in a row that copied nothing
 	sourceSize, targetSize func() int64
 	learnt
 }
@@ -174,7 +186,7 @@ func (t *pairs) list() []*pair {
 // usable tells whether one of the allowed methods may still work.
 func (p *pair) usable(allowed uint32) bool {
 	for _, r := range p.routes {
-		if allowed&bit(r.offer.Method) != 0 && r.absent.Load() == uint32(reasonNone) {
+		if allowed&bit(r.offer.Method) != 0 && (r.absent.Load() == uint32(reasonNone) || r.due()) {
 			return true
 		}
 	}
@@ -189,7 +201,8 @@ func (p *pair) choose(j *Job, allowed uint32, x *passage) (r *route, head, body 
 		if allowed&bit(r.offer.Method) == 0 {
 			continue
 		}
-		if absent := reason(r.absent.Load()); absent != reasonNone {
+		absent := reason(r.absent.Load())
+		if absent != reasonNone && !r.due() {
 			why = absent
 			continue
 		}
@@ -200,6 +213,10 @@ func (p *pair) choose(j *Job, allowed uint32, x *passage) (r *route, head, body 
 		}
 		if !j.insists() && !j.state.prefers(r, body) {
 			return nil, 0, 0, reasonNone
+		}
+		if absent != reasonNone && !r.retry() {
+			why = absent
+			continue
 		}
 		return r, head, body, reasonNone
 	}
@@ -225,7 +242,39 @@ func (r *route) fit(from, to, length int64) (head, body int64) {
 }
 
 // vanish notes that the method is of no use for these devices.
-func (r *route) vanish(why reason) { r.absent.CompareAndSwap(uint32(reasonNone), uint32(why)) }
+func (r *route) vanish(why reason) {
+	r.again.Store(r.lane.core.now() + int64(absentFor)) // before absent, which makes it valid
+	r.absent.Store(uint32(why))
+}
+
+// due tells whether a method that was absent may be asked for again.
+func (r *route) due() bool { return r.lane.core.now() >= r.again.Load() }
+
+// retry lets one caller ask again for a method that is due; the others have to wait for absentFor once more, unless he
+// finds that it is there.
+func (r *route) retry() bool {
+	due := r.again.Load()
+	now := r.lane.core.now()
+	return now >= due && r.again.CompareAndSwap(due, now+int64(absentFor))
+}
+
+// found notes that the method has copied something.
+func (r *route) found() {
+	if r.stuck.Load() != 0 {
+		r.stuck.Store(0)
+	}
+	if r.absent.Load() != uint32(reasonNone) {
+		r.absent.Store(uint32(reasonNone))
+	}
+}
+
+// stall notes that a call has copied nothing.
+func (r *route) stall() {
+	if r.stuck.Add(1) >= stuckMost {
+		r.stuck.Store(0)
+		r.vanish(reasonStuck)
+	}
+}
 
 // nameOf is what a device calls itself.
 func nameOf(d block.Device) string {

@@ -66,6 +66,9 @@ func (s *subJob) claim(at, n int64) bool {
 // reason tells why; reasonNone: to read and write is faster.
 func (s *subJob) resolve(at, left int64) (n int64, why reason) {
 	j := s.job
+	if at < s.avoid {
+		return s.around(at, left)
+	}
 	c := j.state.core
 	x := c.passages.Get().(*passage)
 	why = x.open(j, at, left)
@@ -94,6 +97,18 @@ func (s *subJob) resolve(at, left int64) (n int64, why reason) {
 		left = min(left, gentlePiece)
 	}
 	return min(left, SubJobSize), why
+}
+
+// around is resolve for a part that a method made no progress with, which was counted: it is read and written.
+func (s *subJob) around(at, left int64) (n int64, why reason) {
+	left = min(left, s.avoid-at, SubJobSize)
+	if s.job.insists() {
+		return left, reasonStuck
+	}
+	if s.gentle {
+		left = min(left, gentlePiece)
+	}
+	return left, reasonNone
 }
 
 // portion is how many of body bytes s is to offload at a time.
@@ -158,6 +173,10 @@ func (s *subJob) offload() {
 	switch {
 	case err != nil:
 		j.failOffload(s, err)
+	case why == reasonStuck:
+		r.stall()
+		s.avoid = s.offset + done + SubJobSize
+		j.state.shard.fellBack(why)
 	case why != reasonNone:
 		r.vanish(why)
 		j.state.shard.fellBack(why)
@@ -254,6 +273,9 @@ func (x *passage) copy(length int64) (done int64, why reason, err error) {
 			n -= n % r.offer.Granularity // the next call must be aligned; a little is copied twice
 		}
 		done += n
+		if n > 0 {
+			r.found()
+		}
 		switch {
 		case err != nil && block.Errno(err) == absentErrno:
 			return done, reasonAbsent, nil

@@ -33,6 +33,7 @@ type subJob struct {
 	unread         bool  // it could not be read
 	cut            bool  // it is not written because of an error before it
 	bad            int   // destinations that it could not be written to; guarded by the job's state.mu during I/O
+	avoid          int64 // up to where, from the start of the job, offload made no progress
 	rest           int64 // bytes behind the piece that are to be planned by this sub-job
 	method         method
 	weight         uint8  // how many pieces its time counts for; 0: it is not timed
@@ -59,7 +60,7 @@ type fan struct {
 // start makes s ready to work for j.
 func (s *subJob) start(j *Job) {
 	s.job, s.phase, s.parked = j, phaseStart, false
-	s.offset, s.length, s.rest = 0, 0, 0
+	s.offset, s.length, s.rest, s.avoid = 0, 0, 0, 0
 	s.method, s.weight = methodReadWrite, 0
 	s.unread, s.cut, s.bad = false, false, 0
 }
