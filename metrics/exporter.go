@@ -18,6 +18,8 @@ type Sample struct {
 	Events          uint64 // that have happened since the start
 	Devices         []DeviceSample
 	Snapshots       []SnapshotSample
+	Clones          []CloneSample
+	Remotes         []RemoteSample
 	Engines         []EngineSample
 	Throttles       []ThrottleSample
 	Yields          uint64
@@ -47,6 +49,24 @@ type SnapshotSample struct {
 	Table                     int64 // bytes of memory
 	Merging                   bool
 	ChunksMerged, ChunksTotal uint64
+}
+
+// CloneSample is what a clone has beside other devices.
+type CloneSample struct {
+	Name                                 string
+	Writable, SourceInUse                bool
+	Region                               int64 // bytes
+	Regions, Hydrated, Hydrating, Failed uint64
+	Commits                              uint64
+	Table                                int64 // bytes of memory
+}
+
+// RemoteSample is an NBD export that a device reads from.
+type RemoteSample struct {
+	Device       string
+	Wanted, Open int // connections
+	InFlight     int
+	Reconnects   uint64
 }
 
 // EngineSample is the copy engine of a device.
@@ -116,6 +136,21 @@ var known = []metric{
 	{"cowherd_snapshot_merge_chunks", "Chunks that the merge that runs has to do in all.", gauge, []string{"device"}},
 	{"cowherd_snapshot_merged_chunks", "Chunks that the merge that runs has done.", gauge, []string{"device"}},
 
+	{"cowherd_clone_writable", "1 while the clone's metadata can be written, else 0.", gauge, []string{"device"}},
+	{"cowherd_clone_source_in_use", "1 while regions are left that only the source has, else 0.", gauge, []string{"device"}},
+	{"cowherd_clone_region_bytes", "Unit of hydration.", gauge, []string{"device"}},
+	{"cowherd_clone_regions", "Regions of the clone.", gauge, []string{"device"}},
+	{"cowherd_clone_hydrated_regions", "Regions that the destination has.", gauge, []string{"device"}},
+	{"cowherd_clone_hydrating_regions", "Regions that are being copied in the background.", gauge, []string{"device"}},
+	{"cowherd_clone_failed_regions", "Regions that were given up in the background.", gauge, []string{"device"}},
+	{"cowherd_clone_commits_total", "Commits of the clone's metadata.", counter, []string{"device"}},
+	{"cowherd_clone_table_bytes", "Memory of the regions' state.", gauge, []string{"device"}},
+
+	{"cowherd_remote_connections_wanted", "NBD connections that a clone wants to its source.", gauge, []string{"device"}},
+	{"cowherd_remote_connections", "NBD connections that a clone has to its source.", gauge, []string{"device"}},
+	{"cowherd_remote_in_flight_requests", "Requests that the server of a clone's source works on, or is to.", gauge, []string{"device"}},
+	{"cowherd_remote_reconnects_total", "NBD connections to a clone's source that were made in place of lost ones.", counter, []string{"device"}},
+
 	{"cowherd_copy_jobs_total", "Copies that have ended.", counter, []string{"device"}},
 	{"cowherd_copy_job_errors_total", "Copies that have ended with an error.", counter, []string{"device"}},
 	{"cowherd_copy_jobs_in_flight", "Copies that run.", gauge, []string{"device"}},
@@ -128,7 +163,7 @@ var known = []metric{
 	{"cowherd_copy_operations_total", "Pieces copied, by class of copies and method.", counter, []string{"device", "class", "method"}},
 	{"cowherd_copy_bytes_total", "Bytes copied, by class of copies and method.", counter, []string{"device", "class", "method"}},
 	{"cowherd_copy_errors_total", "Pieces that could not be copied, by class of copies and method.", counter, []string{"device", "class", "method"}},
-	{"cowherd_copy_duration_seconds", "Time that a piece took. Of small pieces one in sixteen is timed and stands for sixteen.", histogram, []string{"device", "class", "method"}},
+	{"cowherd_copy_duration_seconds", "Time that a piece took. Of small pieces one in 64 is timed and stands for 64.", histogram, []string{"device", "class", "method"}},
 	{"cowherd_copy_fallbacks_total", "Pieces read and written that might have been offloaded, by reason.", counter, []string{"device", "reason"}},
 
 	{"cowherd_throttle_rate_bytes_per_second", "Limit of a class of copies; 0: none.", gauge, []string{"class"}},
@@ -181,6 +216,15 @@ func (e *exporter) Collect(ch chan<- prometheus.Metric) {
 	for i := range s.Snapshots {
 		putSnapshot(put, &s.Snapshots[i])
 	}
+	for i := range s.Clones {
+		putClone(put, &s.Clones[i])
+	}
+	for _, r := range s.Remotes {
+		put("cowherd_remote_connections_wanted", float64(r.Wanted), r.Device)
+		put("cowherd_remote_connections", float64(r.Open), r.Device)
+		put("cowherd_remote_in_flight_requests", float64(r.InFlight), r.Device)
+		put("cowherd_remote_reconnects_total", float64(r.Reconnects), r.Device)
+	}
 	for i := range s.Engines {
 		putEngine(put, &s.Engines[i])
 		e.putDurations(ch, &s.Engines[i])
@@ -208,11 +252,7 @@ func putDevice(put func(string, float64, ...string), d *DeviceSample) {
 }
 
 func putSnapshot(put func(string, float64, ...string), s *SnapshotSample) {
-	valid := 0.0
-	if s.Valid {
-		valid = 1
-	}
-	put("cowherd_snapshot_valid", valid, s.Name, s.Origin)
+	put("cowherd_snapshot_valid", truth(s.Valid), s.Name, s.Origin)
 	put("cowherd_snapshot_chunk_bytes", float64(s.Chunk), s.Name)
 	put("cowherd_snapshot_store_used_bytes", float64(s.Used), s.Name)
 	put("cowherd_snapshot_store_size_bytes", float64(s.Limit), s.Name)
@@ -226,6 +266,26 @@ func putSnapshot(put func(string, float64, ...string), s *SnapshotSample) {
 		put("cowherd_snapshot_merge_chunks", float64(s.ChunksTotal), s.Name)
 		put("cowherd_snapshot_merged_chunks", float64(s.ChunksMerged), s.Name)
 	}
+}
+
+func putClone(put func(string, float64, ...string), c *CloneSample) {
+	put("cowherd_clone_writable", truth(c.Writable), c.Name)
+	put("cowherd_clone_source_in_use", truth(c.SourceInUse), c.Name)
+	put("cowherd_clone_region_bytes", float64(c.Region), c.Name)
+	put("cowherd_clone_regions", float64(c.Regions), c.Name)
+	put("cowherd_clone_hydrated_regions", float64(c.Hydrated), c.Name)
+	put("cowherd_clone_hydrating_regions", float64(c.Hydrating), c.Name)
+	put("cowherd_clone_failed_regions", float64(c.Failed), c.Name)
+	put("cowherd_clone_commits_total", float64(c.Commits), c.Name)
+	put("cowherd_clone_table_bytes", float64(c.Table), c.Name)
+}
+
+// truth is how a metric shows a condition.
+func truth(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
 }
 
 func putEngine(put func(string, float64, ...string), x *EngineSample) {

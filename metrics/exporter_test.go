@@ -26,6 +26,8 @@ func full() *Sample {
 		Snapshots: []SnapshotSample{{
 			Name: "vm@a", Origin: "vm", Valid: true, Chunk: 4096, Used: 8192, Limit: 1 << 20, Merging: true, ChunksTotal: 2,
 		}},
+		Clones:  []CloneSample{{Name: "web", Writable: true, Region: 65536, Regions: 16, Hydrated: 3, Failed: 1}},
+		Remotes: []RemoteSample{{Device: "web", Wanted: 4, Open: 3, Reconnects: 2}},
 		Engines: []EngineSample{{
 			Device: "vm@a", Jobs: 5, Fallbacks: map[string]uint64{"no-method": 2},
 			Methods: []MethodSample{{Class: "cow", Method: "readwrite", Operations: 5, Bytes: 20480, Latency: &latency}},
@@ -52,6 +54,12 @@ func TestScrape(t *testing.T) {
 		`cowherd_events_total 7`,
 		`cowherd_export_bytes_total{command="write",device="vm"} 40960`,
 		`cowherd_snapshot_valid{device="vm@a",origin="vm"} 1`,
+		`cowherd_clone_writable{device="web"} 1`,
+		`cowherd_clone_source_in_use{device="web"} 0`,
+		`cowherd_clone_hydrated_regions{device="web"} 3`,
+		`cowherd_clone_failed_regions{device="web"} 1`,
+		`cowherd_remote_connections{device="web"} 3`,
+		`cowherd_remote_reconnects_total{device="web"} 2`,
 		`cowherd_copy_bytes_total{class="cow",device="vm@a",method="readwrite"} 20480`,
 		`cowherd_copy_duration_seconds_bucket{class="cow",device="vm@a",method="readwrite",le="1.024e-06"} 1`,
 		`cowherd_copy_duration_seconds_bucket{class="cow",device="vm@a",method="readwrite",le="1.6384e-05"} 3`,

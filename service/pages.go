@@ -11,9 +11,11 @@ import (
 	"time"
 
 	"cowherd/api"
+	backend "cowherd/backend/nbd"
 	"cowherd/export/nbd"
 	"cowherd/kcopyd"
 	"cowherd/metrics"
+	"cowherd/target/clone"
 )
 
 // Limits of the HTTP pages.
@@ -87,6 +89,11 @@ func (d *Daemon) sample() *metrics.Sample {
 		}
 		x := d.describeOrigin(o)
 		s.Devices = append(s.Devices, sampleDevice(&x, totals))
+		if o.cloned != nil {
+			s.Clones = append(s.Clones, sampleClone(o.name, o.cloned))
+			s.Engines = append(s.Engines, sampleEngine(o.name, o.cloned.engine))
+			s.Remotes = append(s.Remotes, sampleRemote(o.name, o.cloned)...)
+		}
 		for _, snap := range o.allSnaps() {
 			x := d.describeSnap(snap)
 			s.Devices = append(s.Devices, sampleDevice(&x, totals))
@@ -145,6 +152,31 @@ func sampleSnapshot(x *api.Device) metrics.SnapshotSample {
 		s.Merging, s.ChunksMerged, s.ChunksTotal = true, m.MergedChunks, m.TotalChunks
 	}
 	return s
+}
+
+func sampleClone(device string, x *cloned) metrics.CloneSample {
+	st := x.Status()
+	return metrics.CloneSample{
+		Name: device, Writable: st.Mode == clone.ReadWrite, SourceInUse: st.SourceInUse, Region: st.RegionSize.Bytes(),
+		Regions: st.Regions, Hydrated: st.Hydrated, Hydrating: st.Hydrating, Failed: st.Failed, Commits: st.Commits,
+		Table: st.TableBytes,
+	}
+}
+
+// sampleRemote is the connections to a clone's source, if it is an NBD export and still used.
+func sampleRemote(device string, x *cloned) []metrics.RemoteSample {
+	src := x.currentSource()
+	if src == nil {
+		return nil
+	}
+	remote, ok := src.Device.(*backend.Device)
+	if !ok {
+		return nil
+	}
+	st := remote.Stats()
+	return []metrics.RemoteSample{{
+		Device: device, Wanted: st.Connections, Open: st.Live, InFlight: st.InFlight, Reconnects: st.Reconnects,
+	}}
 }
 
 // sampleEngine is the counters of the copy engine of a device.

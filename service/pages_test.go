@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -111,6 +112,54 @@ func TestMetrics(t *testing.T) {
 	if n := len(d.exports.server.Totals()); n != 0 {
 		t.Errorf("%d exports are remembered", n)
 	}
+}
+
+// TestCloneMetrics: a clone shows its regions and its engine, and, as long as it uses a remote source, the connections.
+func TestCloneMetrics(t *testing.T) {
+	server := startDaemon(t, testConfig(t))
+	if _, err := server.Attach(api.AttachRequest{Name: "base", Device: image(t, cloneBytes), ReadOnly: true}); err != nil {
+		t.Fatal(err)
+	}
+	c := testConfig(t)
+	c.HTTP = "127.0.0.1:0"
+	d := startDaemon(t, c)
+	var uri string
+	if x, err := server.Device("base"); err != nil || len(x.URIs) == 0 {
+		t.Fatal(x.URIs, err)
+	} else {
+		uri = x.URIs[0]
+	}
+	dest := filepath.Join(t.TempDir(), "web.img")
+	makeClone(t, d, "web", dest, api.CloneRequest{Source: uri, NoHydration: true, RegionBytes: 16 << 10})
+	put(t, d, "web", 5, pattern(1, 1))
+	want := func(wanted map[string]float64) {
+		t.Helper()
+		for metric, want := range wanted {
+			if got := value(t, d, metric); got != want {
+				t.Errorf("%s: %v, want %v", metric, got, want)
+			}
+		}
+	}
+	want(map[string]float64{
+		`cowherd_clone_regions{device="web"}`:                         64,
+		`cowherd_clone_hydrated_regions{device="web"}`:                1,
+		`cowherd_clone_failed_regions{device="web"}`:                  0,
+		`cowherd_clone_source_in_use{device="web"}`:                   1,
+		`cowherd_clone_writable{device="web"}`:                        1,
+		`cowherd_copy_jobs_total{device="web"}`:                       1,
+		`cowherd_remote_connections_wanted{device="web"}`:             sourceConns,
+		`cowherd_remote_reconnects_total{device="web"}`:               0,
+		`cowherd_device_info{device="web",kind="clone",state="live"}`: 1,
+	})
+	running := true
+	if _, err := d.Hydrate(t.Context(), "web", api.HydrationRequest{Running: &running}); err != nil {
+		t.Fatal(err)
+	}
+	waitEvent(t, d, api.EventCloneHydrated, "web")
+	want(map[string]float64{
+		`cowherd_clone_hydrated_regions{device="web"}`: 64,
+		`cowherd_clone_source_in_use{device="web"}`:    0,
+	})
 }
 
 func TestCopyLimits(t *testing.T) {
