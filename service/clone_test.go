@@ -218,9 +218,7 @@ func TestCloneOfExport(t *testing.T) {
 		if !bytes.Equal(get(t, d, "web", cloneBytes), want) {
 			t.Error("the clone does not show its source")
 		}
-		if err := d.Detach(t.Context(), "web"); err != nil {
-			t.Fatal(err)
-		}
+		detachSoon(t, d, "web")
 		for _, path := range []string{dest, dest + metadataSuffix} {
 			if err := os.Remove(path); err != nil {
 				t.Fatal(err)
@@ -230,9 +228,7 @@ func TestCloneOfExport(t *testing.T) {
 	t.Logf("ready within %v", best)
 	makeClone(t, d, "web", dest, api.CloneRequest{Source: x.URIs[0]})
 	waitEvent(t, d, api.EventCloneHydrated, "web")
-	if err := d.Detach(t.Context(), "web"); err != nil {
-		t.Fatal(err)
-	}
+	detachSoon(t, d, "web")
 	if !bytes.Equal(readFile(t, dest), want) {
 		t.Error("the destination is no copy")
 	}
