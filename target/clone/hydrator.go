@@ -55,7 +55,7 @@ const (
 	zeroRunMax = 1 << 18
 	// zeroBytes bounds one write of zeroes, if a region is not larger: writes to its regions wait for it.
 	zeroBytes = writeZeroesMax
-	markedMax  = 1 << 22
+	markedMax = 1 << 22
 )
 
 // hydrator hydrates in the background. Workers are goroutines that exist while there is something to do:
