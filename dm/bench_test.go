@@ -2,10 +2,16 @@ package dm_test
 
 import (
 	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"cowherd/backend/file"
 	"cowherd/backend/null"
 	"cowherd/block"
 	"cowherd/dm"
@@ -70,4 +76,62 @@ func BenchmarkNull(b *testing.B) {
 			b.ReportMetric(bare[len(bare)/2], "bare-ns")
 		})
 	}
+}
+
+// BenchmarkStall suspends and resumes an origin with 8 snapshots over a file in memory, on which 4 writers work, and tells
+// how long its requests wait: from the beginning of the suspend to the end of the resume, and the slowest request.
+func BenchmarkStall(b *testing.B) {
+	const size, jobs = 256 << 20, 4
+	dir, err := os.MkdirTemp("/dev/shm", "cowherd-bench-")
+	if err != nil {
+		b.Skipf("needs a tmpfs: %v", err)
+	}
+	defer os.RemoveAll(dir)
+	path := filepath.Join(dir, "origin")
+	leaf, err := file.Create(path, size, file.Options{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer leaf.Close()
+	devices := map[string]block.Device{"o": leaf}
+	for i := range 8 {
+		devices[fmt.Sprint("c", i)] = memory(b, size)
+	}
+	x := newRig(b, devices)
+	x.mustCreate("base", fmt.Sprintf("0 %d snapshot-origin o", size/512))
+	for i := range 8 {
+		x.mustCreate(fmt.Sprint("s", i), fmt.Sprintf("0 %d snapshot o c%d N 8", size/512, i))
+	}
+	d := x.open("base")
+	var over atomic.Bool
+	var writers sync.WaitGroup
+	slowest := make([]time.Duration, jobs)
+	for w := range jobs {
+		writers.Go(func() {
+			rnd := rand.New(rand.NewPCG(1, uint64(w)))
+			data := make([]byte, 4096)
+			for !over.Load() {
+				start := time.Now()
+				if err := block.Do(d, block.OpWrite, 0, rnd.Int64N(size/4096)*4096, 4096, data); err != nil {
+					b.Error(err)
+					return
+				}
+				slowest[w] = max(slowest[w], time.Since(start))
+			}
+		})
+	}
+	var stalls []time.Duration
+	for b.Loop() {
+		start := time.Now()
+		do(b, x.Suspend(b.Context(), "base", true))
+		do(b, x.Resume(b.Context(), "base", true))
+		stalls = append(stalls, time.Since(start))
+		time.Sleep(time.Millisecond) // requests run
+	}
+	over.Store(true)
+	writers.Wait()
+	slices.Sort(stalls)
+	b.ReportMetric(stalls[len(stalls)/2].Seconds()*1e3, "p50-ms")
+	b.ReportMetric(stalls[len(stalls)*99/100].Seconds()*1e3, "p99-ms")
+	b.ReportMetric(slices.Max(slowest).Seconds()*1e3, "slowest-request-ms")
 }

@@ -37,7 +37,7 @@ func mustWrite(t *testing.T, d block.Device, offset int64, n int, b byte) {
 }
 
 // do fails the test on an error.
-func do(t *testing.T, err error) {
+func do(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
