@@ -24,7 +24,8 @@
 //	    Mapped.mu    slots and events
 //	  Mapped.reports held for reading while targets tell of themselves, for writing before a table is closed
 //	    Mapper.mu
-//	Device.mu        a leaf: never held across I/O or a completion
+//	Device.ways      of a device that looks for its way past the gates below (direct.go)
+//	  Device.mu      a leaf: never held across I/O or a completion, nor with that of another device
 //
 // A target's hooks and its Close run under its own device's verb only, its StatusLine and TableLine under reports.
 package dm
