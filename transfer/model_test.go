@@ -209,7 +209,7 @@ func runModel(t *testing.T, r *rand.Rand) {
 		Queues:    r.IntN(4), InFlight: r.IntN(4),
 		PieceSize: []int64{0, 4096, 64 << 10, 1 << 20}[r.IntN(4)],
 		Flush:     r.IntN(2) == 0, Verify: r.IntN(3) == 0,
-		Progress: func(n int64) { told.Add(n) },
+		Progress: func(_ How, n int64) { told.Add(n) },
 	}
 	t.Logf("%s to %s, %d bytes, old: %v, %+v", from, to, size, old != nil, o)
 	result, err := Run(t.Context(), o)

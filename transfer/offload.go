@@ -116,6 +116,11 @@ func (w *worker) offloadPiece(ctx context.Context, x piece) (done bool, err erro
 	if err == nil {
 		w.absences.Store(0)
 		w.counted.offloaded += x.length
+		how := Offloading
+		if w.offload.clones || w.Method == Clone {
+			how = Cloning
+		}
+		w.progress(how, x.length)
 		return true, nil
 	}
 	if errors.Is(err, syscall.ENOTSUP) && !w.Method.insists() {

@@ -105,9 +105,20 @@ type Options struct {
 	// Journal, if there is one, is told of what is durable while the copy runs. Nothing is, without Flush, in the end.
 	Journal *Journal
 	// Progress is told of each part that is done, in bytes, which add up to the size of the source less Start; and with
-	// Verify once more. It is called by several goroutines at the same time. nil: nobody.
-	Progress func(n int64)
+	// Verify once more, and of how. It is called by several goroutines at the same time. nil: nobody.
+	Progress func(how How, n int64)
 }
+
+// How is what is done to a part of a device.
+type How uint8
+
+const (
+	Zeroing     How = iota // nothing is read: it is zero already, or made so
+	Cloning                // by block.CopyClone
+	Offloading             // by a device or a server
+	ReadWriting            // read and written
+	Verifying              // compared
+)
 
 // Result is what a transfer did. The counts are bytes of the source, and add up to Size with Resumed.
 type Result struct {
@@ -325,9 +336,9 @@ func (t *transfer) result() Result {
 	return r
 }
 
-// progress tells whoever wants to know that n more bytes are done.
-func (t *transfer) progress(n int64) {
+// progress tells whoever wants to know that n more bytes are done, and how.
+func (t *transfer) progress(how How, n int64) {
 	if t.Progress != nil && n > 0 {
-		t.Progress(n)
+		t.Progress(how, n)
 	}
 }

@@ -135,7 +135,7 @@ func TestCancel(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(t.Context())
 	why := errors.New("enough")
 	var told atomic.Int64
-	_, err := Run(ctx, Options{Source: source, Destination: destination, Queues: 2, Progress: func(n int64) {
+	_, err := Run(ctx, Options{Source: source, Destination: destination, Queues: 2, Progress: func(_ How, n int64) {
 		if told.Add(n) >= 4<<20 {
 			cancel(why)
 		}
@@ -318,7 +318,7 @@ func TestJournalOfARun(t *testing.T) {
 		var told atomic.Int64
 		_, err = Run(ctx, Options{
 			Source: source, Destination: destination, Journal: j, Zeroed: true, Rate: 10 << 20,
-			Progress: func(n int64) {
+			Progress: func(_ How, n int64) {
 				if told.Add(n) == 40<<20 {
 					cancel()
 				}

@@ -72,6 +72,7 @@ func (w *worker) compare(ctx context.Context, x piece) error {
 		start += n
 	}
 	w.counted.verified += x.length
+	w.progress(Verifying, x.length)
 	return nil
 }
 
@@ -125,6 +126,6 @@ func (t *transfer) verifyTail() error {
 		return err
 	}
 	w.counted.verified += int64(len(want))
-	t.progress(int64(len(want)))
+	t.progress(Verifying, int64(len(want)))
 	return nil
 }

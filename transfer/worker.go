@@ -63,10 +63,9 @@ func (w *worker) run(ctx context.Context, p *planner, do func(*worker, context.C
 			if err := do(w, ctx, x); err != nil {
 				return false, err
 			}
-			w.progress(x.length)
 		}
 		w.counted.skipped += w.batch.skipped
-		w.progress(w.batch.skipped)
+		w.progress(Zeroing, w.batch.skipped)
 	}
 	return true, nil
 }
@@ -74,7 +73,11 @@ func (w *worker) run(ctx context.Context, p *planner, do func(*worker, context.C
 // copy does one piece.
 func (w *worker) copy(ctx context.Context, x piece) error {
 	if x.zero {
-		return w.zero(x.offset, x.length)
+		if err := w.zero(x.offset, x.length); err != nil {
+			return err
+		}
+		w.progress(Zeroing, x.length)
+		return nil
 	}
 	if done, err := w.offloadPiece(ctx, x); done || err != nil {
 		return err
@@ -87,6 +90,7 @@ func (w *worker) copy(ctx context.Context, x piece) error {
 		if err := w.readWrite(ctx, start, n, x.over); err != nil {
 			return err
 		}
+		w.progress(ReadWriting, n)
 		start += n
 	}
 	return nil
@@ -249,6 +253,6 @@ func (t *transfer) copyTail() error {
 		return err
 	}
 	w.counted.readWrite -= int64(len(buffer)) - (t.size - t.end)
-	t.progress(t.size - t.end)
+	t.progress(ReadWriting, t.size-t.end)
 	return nil
 }

@@ -139,6 +139,11 @@ func (c *copyCmd) options() (o transfer.Options, err error) {
 	return o, nil
 }
 
+// copyHow is what the progress says of how a part is copied; nothing where nothing has to be moved.
+var copyHow = [...]string{
+	transfer.Cloning: "clone", transfer.Offloading: "offload", transfer.ReadWriting: "readwrite", transfer.Verifying: "verify",
+}
+
 // copy copies from one end of the pair to the other, and shows how far it is.
 func (c *copyCmd) copy(ctx context.Context, s *session, p *pair, o transfer.Options) (transfer.Result, error) {
 	total := p.source.device.Size() - p.start
@@ -154,7 +159,7 @@ func (c *copyCmd) copy(ctx context.Context, s *session, p *pair, o transfer.Opti
 	if c.Resume {
 		o.Journal = p.journal
 	}
-	o.Progress = bar.add
+	o.Progress = func(how transfer.How, n int64) { bar.addBy(copyHow[how], n) }
 	r, err := transfer.Run(ctx, o)
 	bar.end()
 	return r, err

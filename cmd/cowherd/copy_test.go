@@ -394,6 +394,26 @@ func journalDone(t *testing.T, source, destination string) int64 {
 	return j.Done()
 }
 
+// TestCopyProgress: the last line for programs tells of all, and of what was done last.
+func TestCopyProgress(t *testing.T) {
+	t.Chdir(scratchDir(t))
+	sampleImage(t, "a", 8<<20)
+	for _, c := range []struct{ method, verify string }{{"readwrite", "--verify=false"}, {"verify", "--verify"}} {
+		r := cowherd(t, "copy", "a", "b-"+c.method, "--method", "readwrite", c.verify, "--progress", "json")
+		if r.status != exitOK {
+			t.Fatal(r)
+		}
+		lines := strings.Split(strings.TrimSpace(r.stderr), "\n")
+		var last progressLine
+		if err := json.Unmarshal([]byte(lines[len(lines)-1]), &last); err != nil {
+			t.Fatal(err, r)
+		}
+		if last.Method != c.method || last.DoneBytes != last.TotalBytes {
+			t.Errorf("%+v, want method %s", last, c.method)
+		}
+	}
+}
+
 // TestCopyNoRoom: a full file system.
 func TestCopyNoRoom(t *testing.T) {
 	dir := mountTmpfs(t, "size=2m")

@@ -267,6 +267,16 @@ func TestProgress(t *testing.T) {
 	if got := out.String(); got != "\r\x1b[Kx: 2 KiB of 4 KiB (50.0%), 1 KiB/s, 2s left" {
 		t.Errorf("%q", got)
 	}
+	out.Reset()
+	p.addBy("clone", 512)
+	p.addBy("", 512)
+	p.show(3 * time.Second)
+	if got := out.String(); got != "\r\x1b[Kx: 3 KiB of 4 KiB (75.0%), 1 KiB/s, 1s left, clone" {
+		t.Errorf("%q", got)
+	}
+	if n := testing.AllocsPerRun(100, func() { p.addBy("clone", 0) }); n > 0 {
+		t.Errorf("%v allocations to be told of the same method", n)
+	}
 	if got := fmt.Sprint(plural(1, "chunk"), plural(0, "chunk")); got != "1 chunk0 chunks" {
 		t.Error(got)
 	}

@@ -25,6 +25,7 @@ type progress struct {
 
 	done, total atomic.Int64 // bytes
 	next        atomic.Int64 // when to show it again, from start on
+	how         atomic.Pointer[string]
 }
 
 // newProgress begins to show the progress of what, which is over after total bytes.
@@ -49,6 +50,26 @@ func (p *progress) add(n int64) {
 	}
 	p.done.Add(n)
 	p.refresh()
+}
+
+// addBy says that n more bytes are done, and by what method; "" is no news of it.
+func (p *progress) addBy(how string, n int64) {
+	if p == nil {
+		return
+	}
+	if last := p.how.Load(); how != "" && (last == nil || *last != how) {
+		kept := how // allocated only when it changes
+		p.how.Store(&kept)
+	}
+	p.add(n)
+}
+
+// method is the last that was told; "" if none was.
+func (p *progress) method() string {
+	if how := p.how.Load(); how != nil {
+		return *how
+	}
+	return ""
 }
 
 // reach says that so many bytes are done in all.
@@ -86,13 +107,14 @@ type progressLine struct {
 	DoneBytes  int64   `json:"done_bytes"`
 	TotalBytes int64   `json:"total_bytes"`
 	Seconds    float64 `json:"seconds"`
+	Method     string  `json:"method,omitempty"`
 }
 
 // show writes the state after some time. An error of the terminal does not matter to the work.
 func (p *progress) show(took time.Duration) {
 	done, total := p.done.Load(), p.total.Load()
 	if p.json {
-		line, _ := json.Marshal(progressLine{p.what, done, total, took.Seconds()}) // plain numbers always can
+		line, _ := json.Marshal(progressLine{p.what, done, total, took.Seconds(), p.method()}) // plain numbers always can
 		_, _ = fmt.Fprintf(p.out, "%s\n", line)
 		return
 	}
@@ -100,6 +122,9 @@ func (p *progress) show(took time.Duration) {
 	if seconds := took.Seconds(); seconds > 1 && done > 0 {
 		left := time.Duration(float64(took) * float64(total-done) / float64(done))
 		text += fmt.Sprintf(", %s/s, %v left", size.Human(int64(float64(done)/seconds)), left.Round(time.Second))
+	}
+	if how := p.method(); how != "" {
+		text += ", " + how
 	}
 	_, _ = fmt.Fprintf(p.out, "\r\x1b[K%s", text)
 }
