@@ -7,6 +7,8 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -26,7 +28,20 @@ type cloneConfig struct {
 	hydrate  bool // in the background, all the time
 	discards bool
 	zero     bool // the destination is zero at first
+	fails    failure
 }
+
+// failure is what fails once in every generation, and without an effect.
+type failure uint8
+
+const (
+	nothingFails failure = iota
+	metaFails            // a write or a flush of the metadata
+	flushFails           // a flush of the destination
+)
+
+// failsBefore bounds the number of the request that fails.
+const failsBefore = 30
 
 // cloneCases are the runs of TestClone.
 var cloneCases = []struct {
@@ -48,11 +63,19 @@ var cloneCases = []struct {
 		steps: 30}, hydrate: true, zero: true}},
 	{"16k,plain", cloneConfig{config: config{mode: late, chunk: 16 << 10, origin: 300 << 10, logical: 4096, width: 6, steps: 30,
 		plain: true}, hydrate: true}},
+	{"4k,metadata fails", cloneConfig{config: config{mode: now, chunk: 4 << 10, origin: 300 << 10, logical: 512, width: 6,
+		steps: 50}, hydrate: true, fails: metaFails}},
+	{"4k,late,metadata fails", cloneConfig{config: config{mode: late, chunk: 4 << 10, origin: 300 << 10, logical: 512, width: 10,
+		steps: 50}, discards: true, fails: metaFails}},
+	{"4k,late,flush fails", cloneConfig{config: config{mode: late, chunk: 4 << 10, origin: 600 << 10, logical: 512, width: 10,
+		steps: 40}, hydrate: true, fails: flushFails}},
 }
 
 // TestClone crashes clones. Destination and metadata are recorded. A region that the metadata calls hydrated holds its
 // data, however the program or the power failed; one that it does not is as on the source. Here a write that was
 // acknowledged and not flushed may be lost even if the program only is killed: the region is not known to be hydrated.
+// When a commit fails and the program goes on, the same holds: what was not flushed may be lost at once, but no flush
+// that comes later is acknowledged.
 func TestClone(t *testing.T) {
 	eachSeed(t, func(t *testing.T, seed uint64) {
 		for _, test := range cloneCases {
@@ -100,8 +123,8 @@ func (c cloneConfig) run(t *testing.T, seed uint64) error {
 		if err := k.walk(); err != nil {
 			return fmt.Errorf("generation %d: %w", i, err)
 		}
-		t.Logf("generation %d: %d events, %d crashes, %d gone on with; hydrated at the end: %d of %d", i, k.replay.Len(), k.crashes,
-			k.resumed, g.hydrated, c.chunk.ChunkCeil(c.origin))
+		t.Logf("generation %d: %d events, %d crashes, %d gone on with; hydrated at the end: %d of %d; failed: %v", i, k.replay.Len(),
+			k.crashes, k.resumed, g.hydrated, c.chunk.ChunkCeil(c.origin), g.failed.Load())
 		s = k.next
 	}
 	return nil
@@ -134,6 +157,7 @@ type cloneRun struct {
 	first      bool
 	dest, meta *fault.Disk
 	hydrated   uint64
+	failed     atomic.Bool // what was to fail has failed
 }
 
 func (g *cloneRun) params() clonemeta.Params {
@@ -157,16 +181,23 @@ func (g *cloneRun) run() error {
 func (g *cloneRun) work() error {
 	var m *clonemeta.Metadata
 	var err error
+	dest, meta := fault.New(g.dest), fault.New(g.meta)
 	if g.first {
-		m, err = clonemeta.Format(g.meta, g.params())
+		m, err = clonemeta.Format(meta, g.params())
 	} else {
-		m, err = clonemeta.Open(g.meta, g.params())
+		m, err = clonemeta.Open(meta, g.params())
 	}
 	if err != nil {
 		return err
 	}
 	g.rec.Mark(watch{})
-	c, err := g.open(g.dest, m, g.first && g.zero, g.hydrate)
+	switch number := 1 + g.random.Int64N(failsBefore); g.fails {
+	case metaFails:
+		meta.Fail(g.failOnce(number, func(r *block.Request) bool { return r.Op != block.OpRead }))
+	case flushFails:
+		dest.Fail(g.failOnce(number, func(r *block.Request) bool { return r.Op == block.OpFlush }))
+	}
+	c, err := g.open(dest, m, g.first && g.zero, g.hydrate)
 	if err != nil {
 		return err
 	}
@@ -178,10 +209,29 @@ func (g *cloneRun) work() error {
 		}
 	}
 	got := make([]byte, g.origin)
-	err = errors.Join(err, read(d, got), d.Close(context.Background()), c.Close(), m.Close())
+	readErr := read(d, got)
+	closed := errors.Join(d.Close(context.Background()), c.Close())
+	if st := c.Status(); st.Mode != clone.ReadWrite && g.failed.Load() {
+		if st.Mode == clone.Fail {
+			got, readErr = nil, nil
+		}
+		closed = nil // all have been told
+	}
 	g.hydrated = c.Status().Hydrated
 	g.rec.Mark(over{origin: got})
-	return err
+	return errors.Join(err, readErr, closed, m.Close())
+}
+
+// failOnce fails the one of the requests that match whose number it is.
+func (g *cloneRun) failOnce(number int64, match func(*block.Request) bool) func(*block.Request) error {
+	var seen atomic.Int64
+	return func(r *block.Request) error {
+		if match(r) && seen.Add(1) == number {
+			g.failed.Store(true)
+			return syscall.EIO
+		}
+		return nil
+	}
 }
 
 // open makes a clone of these devices.
@@ -220,7 +270,7 @@ func (g *cloneRun) do(d *dm.Device) error {
 	var errs []error
 	for _, c := range calls {
 		c.done.Wait()
-		if c.err != nil {
+		if c.err != nil && !(g.failed.Load() && errors.Is(c.err, syscall.EIO)) {
 			errs = append(errs, fmt.Errorf("%v: %w", c.o, c.err))
 		}
 	}
@@ -273,9 +323,13 @@ func (k *cloneChecker) mark(mark any) error {
 	case ended:
 		k.view.end(m.op)
 	case refused:
-		return fmt.Errorf("%v was refused", m.op)
+		if !k.run.failed.Load() {
+			return fmt.Errorf("%v was refused", m.op)
+		}
 	case over:
-		return k.view.check(m.origin, true)
+		if m.origin != nil {
+			return k.view.check(m.origin, !k.run.failed.Load())
+		}
 	}
 	return nil
 }
