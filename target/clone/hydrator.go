@@ -53,9 +53,9 @@ const (
 	// zeroRunMax bounds the regions of a hole that are settled in one go, and markedMax those that are without a commit,
 	// after which the memory of their state is given back.
 	zeroRunMax = 1 << 18
+	markedMax  = 1 << 22
 	// zeroBytes bounds one write of zeroes, if a region is not larger: writes to its regions wait for it.
 	zeroBytes = writeZeroesMax
-	markedMax = 1 << 22
 )
 
 // hydrator hydrates in the background. Workers are goroutines that exist while there is something to do:

@@ -29,6 +29,7 @@ type cloneConfig struct {
 	discards bool
 	zero     bool // the destination is zero at first
 	fails    failure
+	offload  bool // the destination shares the source's blocks
 }
 
 // failure is what fails once in every generation, and without an effect.
@@ -63,6 +64,8 @@ var cloneCases = []struct {
 		steps: 30}, hydrate: true, zero: true}},
 	{"16k,plain", cloneConfig{config: config{mode: late, chunk: 16 << 10, origin: 300 << 10, logical: 4096, width: 6, steps: 30,
 		plain: true}, hydrate: true}},
+	{"16k,late,offload", cloneConfig{config: config{mode: late, chunk: 16 << 10, origin: 600 << 10, logical: 512, width: 10,
+		steps: 40}, hydrate: true, offload: true}},
 	{"4k,metadata fails", cloneConfig{config: config{mode: now, chunk: 4 << 10, origin: 300 << 10, logical: 512, width: 6,
 		steps: 50}, hydrate: true, fails: metaFails}},
 	{"4k,late,metadata fails", cloneConfig{config: config{mode: late, chunk: 4 << 10, origin: 300 << 10, logical: 512, width: 10,
@@ -197,7 +200,12 @@ func (g *cloneRun) work() error {
 	case flushFails:
 		dest.Fail(g.failOnce(number, func(r *block.Request) bool { return r.Op == block.OpFlush }))
 	}
-	c, err := g.open(dest, m, g.first && g.zero, g.hydrate)
+	to := block.Device(dest)
+	sharing := &sharing{Device: dest}
+	if g.offload {
+		to = sharing
+	}
+	c, err := g.open(to, m, g.first && g.zero, g.hydrate)
 	if err != nil {
 		return err
 	}
@@ -218,8 +226,33 @@ func (g *cloneRun) work() error {
 		closed = nil // all have been told
 	}
 	g.hydrated = c.Status().Hydrated
+	if g.offload && g.first && sharing.copies.Load() == 0 {
+		err = errors.Join(err, errors.New("nothing was copied by offload"))
+	}
 	g.rec.Mark(over{origin: got})
 	return errors.Join(err, readErr, closed, m.Close())
+}
+
+// sharing is a device that can share the blocks of a source, like a file on XFS: what it shares is as durable as what is
+// written to it.
+type sharing struct {
+	block.Device
+	copies atomic.Int64
+}
+
+// CopyOffers offers to share blocks of 4 KiB.
+func (s *sharing) CopyOffers(block.Device) []block.CopyOffer {
+	return []block.CopyOffer{{Method: block.CopyClone, Granularity: 4 << 10, TailAtEnd: true, LengthMax: 1 << 20, Concurrency: 1}}
+}
+
+// Copy shares.
+func (s *sharing) Copy(_ block.CopyMethod, source block.Device, from, to, length int64) (int64, error) {
+	s.copies.Add(1)
+	p := make([]byte, length)
+	if err := block.Read(source, p, from); err != nil {
+		return 0, err
+	}
+	return length, block.Write(s.Device, p, to)
 }
 
 // failOnce fails the one of the requests that match whose number it is.
