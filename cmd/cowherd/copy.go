@@ -201,10 +201,13 @@ func (c *copyCmd) print(s *session, r copyReport) error {
 		}
 	}
 	rate := ""
-	if r.Took > 0 {
+	if r.Took > 0 && r.Size > 0 {
 		rate = fmt.Sprintf(", %s/s", size.Human(int64(float64(r.Size-r.Resumed)/r.Took.Seconds())))
 	}
-	_, err := fmt.Fprintf(s.stdout, "%s: %s in %.2f s%s: %s\n", r.Destination, size.Human(r.Size), r.Seconds, rate,
-		strings.Join(parts, ", "))
+	what := ""
+	if len(parts) > 0 {
+		what = ": " + strings.Join(parts, ", ")
+	}
+	_, err := fmt.Fprintf(s.stdout, "%s: %s in %.2f s%s%s\n", r.Destination, size.Human(r.Size), r.Seconds, rate, what)
 	return err
 }

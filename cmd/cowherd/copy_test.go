@@ -77,6 +77,16 @@ func TestCopy(t *testing.T) {
 	t.Chdir(dir)
 	const n = 5<<20 + 1234
 	content := sampleImage(t, "a", n)
+	sampleImage(t, "none", 0)
+	if r := cowherd(t, "copy", "none", "nothing"); r.status != exitOK || !strings.HasSuffix(r.stdout, " s\n") {
+		t.Errorf("an empty image: %+v", r)
+	}
+	for _, name := range []string{"none", "nothing"} {
+		holds(t, name, nil)
+		if err := os.Remove(name); err != nil {
+			t.Fatal(err)
+		}
+	}
 	cowherd(t, "copy", "a", "b").want(t, exitOK, "b: 5 MiB in ", "")
 	holds(t, "b", content)
 	stat, err := os.Stat("b")
