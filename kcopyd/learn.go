@@ -13,8 +13,12 @@ const (
 	sizeCount = 14
 	// offloadFrom is the size in bytes from which offload is preferred before anything is learnt.
 	offloadFrom = 64 << 10
-	// exploreShare bounds what trying the slower way costs: one part in so many of the time.
-	exploreShare = 32
+	// exploreShare bounds what trying the slower way costs: one part in so many of the time. It costs more than it shows:
+	// what was written in pages has to reach the disk before the next clone of the same range, whose time that is.
+	exploreShare = 128
+	// exploreEarly is the share while the slower way was taken less than exploreFew times, since first times tell little.
+	exploreEarly = 32
+	exploreFew   = 4
 	// betterBy is how much faster, in percent, the other way must be for the preference to change: enough that noise
 	// does not turn it over and over, and less than what would be noticed.
 	betterBy = 5
@@ -102,7 +106,11 @@ func (l *learnt) learn(w way, n, ns int64) {
 		expected = c.cost[other]
 	}
 	if w == preferred {
-		c.saved = min(c.saved+ns/exploreShare, expected)
+		share := int64(exploreShare)
+		if c.count[other] < exploreFew {
+			share = exploreEarly
+		}
+		c.saved = min(c.saved+ns/share, expected)
 		if c.saved == expected {
 			c.saved = 0
 			l.exploring.Or(mask)
