@@ -45,8 +45,11 @@ type Limit struct {
 //
 // Whoever serves requests in the foreground says so by Foreground, which is one addition to a counter of his queue. While
 // these counters move, of all background pieces (classes other than CopyOnWrite) half as many are in flight as there are
-// CPUs, at least one; they are small (but for those of large jobs in sequence); and after each the goroutine yields. The others wait, without a buffer, for one
-// that ends. So there is always a CPU that looks for requests, and what is asked of a device finds its queue short.
+// CPUs, at least one; they are small (but for those of large jobs in sequence); and after each the goroutine yields. The
+// others wait, without a buffer, for one that ends. So there is always a CPU that looks for requests, and what is asked of
+// a device finds its queue short. What it is worth depends on the device (BenchmarkForeground, two queues on two busy CPUs):
+// beside a copy between files on tmpfs the slowest of 100 writes took 5 to 25 us instead of 57 to 82, and of 1000 0.5 to 1 ms
+// instead of 1.8; in memory, where a piece is over soon anyway, nothing was gained.
 //
 // Where nothing is limited and the foreground is silent, an engine loads one word that nobody writes.
 //
