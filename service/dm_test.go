@@ -119,9 +119,7 @@ func TestMappedDevices(t *testing.T) {
 		t.Errorf("a snapshot is shown as %+v", s)
 	}
 	for _, name := range []string{"top", "also", "low"} {
-		if err := client.DMRemove(t.Context(), name, false); err != nil {
-			t.Error(err)
-		}
+		removeMapped(t, client, name)
 	}
 	attach(t, d, "file", path) // nobody has it any more
 }
@@ -290,5 +288,19 @@ func TestMappedNumbers(t *testing.T) {
 	mustMap(t, client, "high", "0 8 linear 253:0 0")
 	if got := mapped(t, client, "high").Table[0].Table; got != "low 0" {
 		t.Errorf("table %q", got)
+	}
+}
+
+// removeMapped removes a mapped device whose client has just said goodbye.
+func removeMapped(t testing.TB, client *api.Client, name string) {
+	t.Helper()
+	for {
+		err := client.DMRemove(t.Context(), name, false)
+		if err == nil {
+			return
+		}
+		if !errors.Is(err, syscall.EBUSY) {
+			t.Fatal(err)
+		}
 	}
 }

@@ -17,7 +17,7 @@ import (
 type volatile struct {
 	block.Device // tells its size
 	flushesLeft  int
-	forgets      bool // a flush that fails loses the cache, and later ones succeed, like fsync
+	forgets      bool // +checklocksignore: never changed; a flush that fails loses the cache, and later ones succeed, like fsync
 
 	mu      sync.Mutex
 	durable []byte
