@@ -179,6 +179,25 @@ func TestRestartPhases(t *testing.T) {
 	}
 }
 
+// TestRestartTakingEmpty: the daemon died between making the file of a store and giving it its length.
+func TestRestartTakingEmpty(t *testing.T) {
+	c := testConfig(t)
+	store := filepath.Join(t.TempDir(), "store")
+	d, _, _ := persistent(t, c, api.SnapshotRequest{Store: store})
+	stopDaemon(t, d)
+	changeState(t, c, func(c *content) { c.snapshot("vm@p").Phase = phaseTaking })
+	if err := os.Truncate(store, 0); err != nil {
+		t.Fatal(err)
+	}
+	d = startDaemon(t, c)
+	wantState(t, d, "vm", api.StateLive)
+	wantGone(t, d, "vm@p")
+	wantFile(t, store, false)
+	if s := d.saved.now().snapshot("vm@p"); s != nil {
+		t.Errorf("remembered as %+v", s)
+	}
+}
+
 // TestSnapshotLost: a snapshot whose store cannot be opened is lost, and said to be; the origin is there; the store is
 // made invalid as soon as it can be reached, because the origin has gone on without it.
 func TestSnapshotLost(t *testing.T) {

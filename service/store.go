@@ -239,6 +239,9 @@ func (d *Daemon) destroyStore(saved *savedSnapshot) error {
 	if err != nil {
 		return fmt.Errorf("its store could not be made invalid: %w", err)
 	}
+	if cow.Size() == 0 { // the daemon died between making the file and giving it its length
+		return errors.Join(cow.close(), d.forgetStore(saved))
+	}
 	store, err := cowstore.OpenPersistent(cow.leaf, cowstore.PersistentConfig{})
 	switch {
 	case errors.Is(err, cowstore.ErrNoStore) || errors.As(err, new(*cowstore.CorruptError)):
@@ -246,12 +249,19 @@ func (d *Daemon) destroyStore(saved *savedSnapshot) error {
 	case err == nil && store.Valid():
 		err = store.Invalidate()
 	}
-	err = errors.Join(err, cow.close())
-	if saved.Made && err == nil {
-		err = removeFile(path)
-	}
-	if err != nil {
+	if err = errors.Join(err, cow.close()); err != nil {
 		return fmt.Errorf("store %s: %w", path, err)
+	}
+	return d.forgetStore(saved)
+}
+
+// forgetStore removes the file of a store that nobody will take for one, if the daemon made it.
+func (d *Daemon) forgetStore(saved *savedSnapshot) error {
+	if !saved.Made {
+		return nil
+	}
+	if err := removeFile(saved.Request.Store); err != nil {
+		return fmt.Errorf("store %s: %w", saved.Request.Store, err)
 	}
 	return nil
 }

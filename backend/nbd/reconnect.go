@@ -143,7 +143,8 @@ func (c *conn) reconnect(lost error) error {
 	out := c.requeueLocked()
 	c.mu.Unlock()
 	out.send(c)
-	ctx, cancel := context.WithDeadline(d.ctx, c.since.Add(d.config.ReconnectTimeout))
+	deadline := c.since.Add(d.config.ReconnectTimeout)
+	ctx, cancel := context.WithDeadline(d.ctx, deadline)
 	defer cancel()
 	last, attempts := lost, 0
 	for pause(ctx, c.attempts, d.pauseMax) {
@@ -151,7 +152,8 @@ func (c *conn) reconnect(lost error) error {
 		attempts++
 		stream, e, err := dial(ctx, &d.config)
 		if err != nil {
-			if attempts == 1 || ctx.Err() == nil { // that time was up is a poor reason if there is another
+			// That time was up is a poor reason if there is another. The clock tells before the context does.
+			if attempts == 1 || time.Now().Before(deadline) {
 				last = err
 				d.note(err)
 			}

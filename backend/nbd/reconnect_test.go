@@ -246,10 +246,11 @@ func inTurn(f *fake, serve ...func(s *session)) {
 	f.serve = func(s *session) { serve[min(int(next.Add(1)), len(serve))-1](s) }
 }
 
-// until serves the requests that are expected, then hangs up, having read one more if the connection is to break
-// while it is in flight.
-func until(p []byte, commands ...uint16) func(s *session) {
+// until serves the requests that are expected, and hangs up when gate is closed: an answer that the client has not taken
+// note of when the connection is lost does not count.
+func until(gate <-chan struct{}, p []byte, commands ...uint16) func(s *session) {
 	return func(s *session) {
+		defer func() { <-gate }()
 		for _, command := range commands {
 			r := s.next()
 			if r == nil || r.command != command {
@@ -293,7 +294,8 @@ func TestFlushAfterLoss(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			p := make([]byte, 4096)
 			f := &fake{size: 4096, flags: test.flags, simple: true}
-			inTurn(f, until(p, test.commands...), memory(p))
+			answered := make(chan struct{})
+			inTurn(f, until(answered, p, test.commands...), memory(p))
 			f.start(t)
 			events := make(chan Event, 10)
 			d := f.open(t, patient, func(c *Config) {
@@ -302,9 +304,10 @@ func TestFlushAfterLoss(t *testing.T) {
 			})
 			for _, step := range test.before {
 				if err := step(d); err != nil {
-					t.Fatal(err)
+					t.Error(err)
 				}
 			}
+			close(answered)
 			lost, back := <-events, <-events
 			if lost.Kind != ConnectionLost || lost.Err == nil || back.Kind != ConnectionBack || back.Attempts < 1 {
 				t.Errorf("events %+v, %+v", lost, back)
