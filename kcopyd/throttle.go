@@ -16,8 +16,8 @@ const (
 	// gentlePiece is the size in bytes of a background piece while the foreground is busy: what somebody waits for at most
 	// who wants the CPU, or the device, that it is copied with.
 	gentlePiece = 64 << 10
-	// busyFor is for how long the foreground counts as busy after its last request.
-	busyFor = 2 * time.Millisecond
+	// busyForDefault is for how long the foreground counts as busy after its last request.
+	busyForDefault = 2 * time.Millisecond
 	// foregroundBit is the bit of Throttle.active for a foreground that is, or was, busy; below are the classes' bits.
 	foregroundBit = 1 << 31
 )
@@ -73,6 +73,8 @@ type Throttle struct {
 	seen uint64 // requests in the foreground when it was last looked
 	// +checklocks:mu
 	seenAt time.Duration // when they last had become more
+	// +checklocks:mu
+	busyFor time.Duration // busyForDefault, but for tests
 }
 
 // throttled is the state of one class. It is guarded by the Throttle's lock.
@@ -98,7 +100,7 @@ type ThrottleStats struct {
 
 // NewThrottle makes a throttle that limits nothing.
 func NewThrottle() *Throttle {
-	return &Throttle{foreground: percpu.New[atomic.Uint64](), epoch: time.Now()}
+	return &Throttle{foreground: percpu.New[atomic.Uint64](), epoch: time.Now(), busyFor: busyForDefault}
 }
 
 // Set changes the limit of a class. What waits goes by the new one. It fails with EINVAL when the limit is out of range.
@@ -234,7 +236,7 @@ func (t *Throttle) busyLocked() bool {
 		t.seen, t.seenAt = sum, now
 		return true
 	}
-	if now-t.seenAt < busyFor {
+	if now-t.seenAt < t.busyFor {
 		return true
 	}
 	t.active.And(^uint32(foregroundBit)) // the next request sets it again
