@@ -37,12 +37,13 @@ func NewFan(r *Request) *Fan {
 }
 
 // Part is a new request for length bytes at offset, in the parent's coordinates, with the parent's operation, flags,
-// queue and piece of Data. The caller may change it, and submits it once.
+// queue, span and piece of Data. The caller may change it, and submits it once.
 func (f *Fan) Part(offset, length int64) *Request {
 	p := parts.Get().(*part)
 	p.f = f
 	p.r.Op, p.r.Flags, p.r.Queue = f.parent.Op, f.parent.Flags, f.parent.Queue
 	p.r.Offset, p.r.Length = offset, length
+	p.r.span = f.parent.span
 	if f.parent.Data != nil {
 		at := offset - f.parent.Offset
 		p.r.Data = f.parent.Data[at : at+length : at+length]

@@ -44,6 +44,8 @@ type Request struct {
 	hooks []Completer // innermost last
 
 	inline [hooksInline]Completer // what hooks uses at first
+
+	span Span // who traces it
 }
 
 // hooksInline is the depth of a stack of devices that needs no memory besides the request.

@@ -10,6 +10,7 @@ import (
 	"cowherd/block"
 	"cowherd/internal/percpu"
 	"cowherd/target"
+	"cowherd/trace"
 )
 
 // A Target is what a mapped device is made of; see package target.
@@ -69,6 +70,8 @@ type Device struct {
 	// Devices above that go past this gate, or would; and the gates on the way of this one.
 	riders map[*Device]struct{} // +checklocks:mu
 	gates  []*Device            // +checklocks:mu
+	// Who is told of the requests; nil: nobody. The live target knows it as well.
+	tracer *trace.Tracer // +checklocks:mu
 }
 
 // counter counts requests in flight: those that are in the target, and those past the gates below (direct.go).
@@ -96,7 +99,8 @@ type live struct {
 	extents  block.ExtentLister // nil: it has none
 	remapper target.Remapper    // nil: it is none
 	direct   direct
-	base     *live // the same without direct
+	base     *live         // the same without direct
+	tracer   *trace.Tracer // nil: it is not traced
 }
 
 // newLive prepares a target for a device of some limits.
@@ -237,6 +241,7 @@ func (d *Device) keep(r *block.Request) {
 	d.mu.Lock()
 	closed, refusing := d.closed.Load(), d.refusing
 	if closed && !refusing {
+		d.traceKept(r)
 		d.kept.PushBack(r)
 	}
 	d.mu.Unlock()
@@ -400,6 +405,9 @@ func (d *Device) replace(l *live) error {
 	defer d.mu.Unlock()
 	if d.suspension != suspended {
 		return fmt.Errorf("new target of %q: the device is not suspended: %w", d.Name(), syscall.EBUSY)
+	}
+	if d.tracer != nil {
+		l = l.tracedBy(d.tracer)
 	}
 	d.live.Store(l)
 	return nil

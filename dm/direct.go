@@ -207,7 +207,7 @@ func (d *Device) opened() {
 
 // resolve tells where all bytes of l lie, and which gates are on the way.
 func (l *live) resolve() (to direct, gates []way) {
-	if l.remapper == nil || l.size == 0 {
+	if l.remapper == nil || l.size == 0 || l.tracer != nil {
 		return to, nil
 	}
 	below, at, n, ok := l.remapper.Remap(0, l.size)
@@ -218,7 +218,7 @@ func (l *live) resolve() (to direct, gates []way) {
 			return to, gates
 		}
 		x := d.live.Load().base
-		if x.remapper == nil || at > x.size-l.size || x.limits.LogicalBlock > l.limits.LogicalBlock ||
+		if x.remapper == nil || x.tracer != nil || at > x.size-l.size || x.limits.LogicalBlock > l.limits.LogicalBlock ||
 			x.readOnly && !l.readOnly {
 			return to, gates
 		}

@@ -24,7 +24,8 @@ type core struct {
 	passages  sync.Pool      // of *passage
 	lanes     sync.WaitGroup // the goroutines of the lanes
 
-	throttle *Throttle      // may be nil
+	throttle *Throttle // may be nil
+	watcher  watcher
 	helpers  sync.WaitGroup // goroutines for sub-jobs that have waited
 
 	closing atomic.Bool   // Close wants to know when no job is in flight

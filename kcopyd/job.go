@@ -23,6 +23,8 @@ type jobState struct {
 	climbing bool
 	course   course // of a job that climbs; guarded by mu
 
+	watched *watched // nil: nobody watches it
+
 	split *split       // the sub-jobs of a job of several pieces; nil: whole
 	live  atomic.Int32 // sub-jobs of split that have not left
 	whole subJob       // does all the work of a job of one piece
@@ -72,6 +74,9 @@ func (c *core) begin(j *Job, sh *shard) subJobs {
 		invariant.Check(!c.closed.Load(), "kcopyd: a job was submitted to a closed engine")
 	}
 	st.core, st.shard = c, sh
+	if w := c.watcher.Load(); w != nil {
+		st.watched = w.watch(j)
+	}
 	j.ReadErr, j.WriteErr, j.WriteBad = nil, nil, 0
 	if err := j.check(); err != nil {
 		j.WriteErr, j.WriteBad = err, math.MaxUint32
@@ -184,6 +189,9 @@ func (c *core) finish(j *Job) {
 		st.whole.stop(c)
 	}
 	st.core, st.shard, st.lender = nil, nil, nil
+	if st.watched != nil {
+		st.watched.end(j)
+	}
 	j.Done(j)
 	sh.finished.Add(1)
 	if c.closing.Load() {

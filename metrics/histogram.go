@@ -85,6 +85,13 @@ type Snapshot struct {
 	Buckets [BucketCount]uint64
 }
 
+// Record counts d. Unlike a Histogram's, it is for one goroutine at a time.
+func (s *Snapshot) Record(d time.Duration) {
+	s.Count++
+	s.Sum += max(d, 0)
+	s.Buckets[BucketOf(d)]++
+}
+
 // Merge adds what o counted.
 func (s *Snapshot) Merge(o *Snapshot) {
 	s.Count += o.Count

@@ -28,13 +28,13 @@ var layers = [][]string{
 	{"dm"},
 	{"target/*"},
 	{"target"},
-	{"transfer"},
+	{"transfer", "trace"},
 	{"cowstore", "clonemeta"},
 	{"persistentdata"},
 	{"kcopyd"},
 	{"backend/*", "internal/fault"},
 	{"block"},
-	{"metrics", "trace"},
+	{"metrics"},
 	{"internal/fixture", "internal/invariant", "internal/percpu", "internal/size", "internal/sparse"},
 }
 

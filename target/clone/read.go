@@ -34,6 +34,7 @@ func (c *Clone) readSplit(t *table, r *block.Request) {
 		end := min(c.end(until), last)
 		p := f.Part(offset, end-offset)
 		if d := c.mapRead(p, t); d != nil {
+			p.Mark(block.StageIssued)
 			d.Submit(p)
 		}
 		offset = end

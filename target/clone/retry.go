@@ -29,6 +29,7 @@ func (c *Clone) await(t *table, region Region, r *block.Request, waker block.Wak
 	w := &c.waiting
 	list := &w.buckets[region%bucketCount].list
 	w.count.Add(1)
+	r.Mark(block.StageWaiting)
 	list.Add(r, waker)
 	// Only from here on is it certain that who gives the region back sees r.
 	if !t.claimed(region) || c.table.Load() != t {

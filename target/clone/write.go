@@ -127,6 +127,7 @@ func (c *Clone) writeNew(t *table, r *block.Request, state piece) {
 	switch {
 	case state == partPiece:
 		h.request = r
+		r.Mark(block.StageWaiting)
 		h.copy(kcopyd.CopyOnWrite, false)
 	case h.count < end-start:
 		middle := c.offset(start + h.count)
@@ -145,6 +146,7 @@ func (c *Clone) overwrite(h *hydration, r *block.Request) {
 	h.request = r
 	c.commitAfter(r)
 	r.Push((*overwriting)(h))
+	r.Mark(block.StageIssued)
 	c.dest.Submit(r)
 }
 
@@ -153,6 +155,7 @@ func (c *Clone) writeSettled(t *table, r *block.Request) {
 	if r.Flags&block.FUA != 0 && !c.durable(t) {
 		c.commitAfter(r)
 	}
+	r.Mark(block.StageIssued)
 	c.dest.Submit(r)
 }
 

@@ -24,6 +24,7 @@ const (
 
 // hold keeps a hindered r until it is worth another look, for waker.
 func (s *Snapshot) hold(h hindrance, r *block.Request, waker block.Waker) {
+	r.Mark(block.StageWaiting)
 	switch h {
 	case noException:
 		s.exceptions.wait(r, waker)
@@ -87,6 +88,7 @@ func (s *Snapshot) preserve(r *block.Request) (wait pendingChunk, h hindrance) {
 				continue // the snapshot is invalid now: look again
 			}
 			count := cowstore.Chunk(e.count)
+			r.Mark(block.StageWaiting)
 			if p := s.startCopy(e); p.at != nil {
 				wait = p
 			} else if s.invalidCause() != nil {

@@ -58,6 +58,7 @@ func (p pendingChunk) over() bool {
 // await makes r wait for p; waker is told when it is worth another look, which may be at once.
 func (s *Snapshot) await(p pendingChunk, r *block.Request, waker block.Waker) {
 	e := s.exceptions.at(p.seen.index())
+	r.Mark(block.StageWaiting)
 	e.waiters.Add(r, waker)
 	if p.over() {
 		s.wakeAll(e)

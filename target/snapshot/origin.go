@@ -117,6 +117,7 @@ func preserved(r *block.Request, snapshots []*Snapshot, waker block.Waker) bool 
 // Wake maps a write anew that waited.
 func (o *Origin) Wake(r *block.Request) {
 	if preserved(r, o.Snapshots(), o) {
+		r.Mark(block.StageIssued)
 		o.device.Submit(r)
 	}
 }

@@ -42,8 +42,10 @@ func (s *Snapshot) readSplit(r *block.Request) {
 		p := f.Part(offset, run.end-offset)
 		if run.readable {
 			p.Offset = s.moveTo(offset, run.to)
+			p.Mark(block.StageIssued)
 			s.cow.Submit(p)
 		} else {
+			p.Mark(block.StageIssued)
 			s.origin.device.Submit(p)
 		}
 		offset = run.end

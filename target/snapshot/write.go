@@ -40,6 +40,7 @@ func (s *Snapshot) write(r *block.Request) {
 			return
 		case v.readable():
 			r.Offset = s.moveTo(r.Offset, v.chunk())
+			r.Mark(block.StageIssued)
 			s.cow.Submit(r)
 			return
 		case v.state() == pending:
@@ -99,7 +100,7 @@ func (s *Snapshot) writeNew(r *block.Request) bool {
 	start, end := s.chunksOf(r.Offset, r.Length)
 	e := s.exceptions.get(r.Queue, start)
 	if e == nil {
-		s.exceptions.wait(r, s)
+		s.hold(noException, r, s)
 		return true
 	}
 	if s.claim(e, s.table.find(start), end) == 0 {
@@ -117,6 +118,7 @@ func (s *Snapshot) writeNew(r *block.Request) bool {
 		return false // the snapshot is invalid now, or has overflowed: look again
 	}
 	if !s.covers(start, r.Offset, r.End()) {
+		r.Mark(block.StageWaiting)
 		s.startCopy(e)
 		return false
 	}
@@ -143,6 +145,7 @@ func (s *Snapshot) startOverwrite(e *exception, r *block.Request) {
 	e.overwrite = r
 	r.Offset = s.chunkSize.Offset(e.to)
 	r.Push((*overwriting)(e))
+	r.Mark(block.StageIssued)
 	s.cow.Submit(r)
 }
 
