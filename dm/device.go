@@ -407,6 +407,8 @@ func (d *Device) replace(l *live) error {
 		return fmt.Errorf("new target of %q: the device is not suspended: %w", d.Name(), syscall.EBUSY)
 	}
 	if d.tracer != nil {
+		d.live.Load().watch(d.tracer, false)
+		l.watch(d.tracer, true)
 		l = l.tracedBy(d.tracer)
 	}
 	d.live.Store(l)

@@ -4,25 +4,64 @@ import (
 	"context"
 
 	"cowherd/block"
+	"cowherd/target"
 	"cowherd/trace"
 )
 
 // Trace has t told of the device's requests from now on; nil: nobody any more. It holds the device for as long as the
-// requests in flight take, so that each request is traced from its beginning to its end or not at all. If ctx ends first
-// nothing has changed, and the error is ctx's.
+// requests in flight take, so that each request is traced from its beginning to its end or not at all; but one that a
+// suspended device keeps when a trace ends is lost to it. If ctx ends first nothing has changed, and the error is ctx's.
+// One caller at a time.
 //
 // A device that is not traced pays nothing: the target of one that is has a shell around it that is taken off again. A
 // device that is traced does not let those above it past its gate, nor goes past the gates below.
 func (d *Device) Trace(ctx context.Context, t *trace.Tracer) error {
+	d.mu.Lock()
+	before := d.tracer
+	d.tracer = nil // what is held back from here on is traced only once it goes on
+	d.mu.Unlock()
 	if err := d.Hold(ctx); err != nil {
+		d.mu.Lock()
+		d.tracer = before
+		d.mu.Unlock()
 		return err
 	}
 	d.mu.Lock()
+	l := d.live.Load().base
+	l.watch(before, false)
+	l.watch(t, true)
 	d.tracer = t
-	d.live.Store(d.live.Load().base.tracedBy(t))
+	d.live.Store(l.tracedBy(t))
 	d.mu.Unlock()
 	d.Unhold()
 	return nil
+}
+
+// watch has t told of the copies that the targets make, or no more. nil: nobody is.
+func (l *live) watch(t *trace.Tracer, on bool) {
+	if t == nil {
+		return
+	}
+	each := func(x Target) {
+		switch c, ok := x.(target.Copying); {
+		case !ok:
+		case on:
+			c.Watch(t)
+		default:
+			c.Unwatch(t)
+		}
+	}
+	x := l.target
+	if shell, ok := x.(*traced); ok {
+		x = shell.Target
+	}
+	if table, ok := x.(*Table); ok {
+		for i := range table.rows {
+			each(table.rows[i].target)
+		}
+		return
+	}
+	each(x)
 }
 
 // tracedBy is a live target as l, traced by t; nil: by nobody.

@@ -25,7 +25,7 @@ type core struct {
 	lanes     sync.WaitGroup // the goroutines of the lanes
 
 	throttle *Throttle // may be nil
-	watcher  watcher
+	watchers watchers
 	helpers  sync.WaitGroup // goroutines for sub-jobs that have waited
 
 	closing atomic.Bool   // Close wants to know when no job is in flight

@@ -74,8 +74,8 @@ func (c *core) begin(j *Job, sh *shard) subJobs {
 		invariant.Check(!c.closed.Load(), "kcopyd: a job was submitted to a closed engine")
 	}
 	st.core, st.shard = c, sh
-	if w := c.watcher.Load(); w != nil {
-		st.watched = w.watch(j)
+	if list := c.watchers.list.Load(); list != nil {
+		st.watched = watch(*list, j)
 	}
 	j.ReadErr, j.WriteErr, j.WriteBad = nil, nil, 0
 	if err := j.check(); err != nil {

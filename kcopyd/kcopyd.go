@@ -215,8 +215,9 @@ type Engine interface {
 	// Forget drops what the engine has learnt about copies from and to a device, and its references to it. Who closes
 	// a device that jobs named, or that lay below one, calls it; otherwise the device is kept until it is displaced.
 	Forget(d block.Device)
-	// Watch has w told of every job from now on; nil: nobody.
+	// Watch has w told of every job that begins from now on, until Unwatch. What has begun by then is told of to its end.
 	Watch(w Watcher)
+	Unwatch(w Watcher)
 	// Close waits until no job is in flight and no Done is running, and stops the engine. No job may be submitted
 	// afterwards, but by the Done of a job in flight. It must not be called from a Done.
 	Close() error

@@ -1,6 +1,10 @@
 package kcopyd
 
-import "sync/atomic"
+import (
+	"slices"
+	"sync"
+	"sync/atomic"
+)
 
 // A Watcher is told of jobs, on the goroutine that begins or ends them. It must not wait.
 type Watcher interface {
@@ -16,31 +20,61 @@ type Watch struct {
 	CPU uint16 // where
 }
 
-// watcher is where an engine keeps its Watcher. A job is asked once whether there is one.
-type watcher struct{ atomic.Pointer[watching] }
-
-type watching struct{ by Watcher }
+// watchers are an engine's. A job is asked once, as it begins, whether there are any; a change makes a new list.
+type watchers struct {
+	list atomic.Pointer[[]Watcher] // nil: nobody watches
+	mu   sync.Mutex                // of who changes list
+}
 
 // watched is a job's part of it.
 type watched struct {
-	by    Watcher
-	watch Watch
+	by    []Watcher
+	watch []Watch
 }
 
-// Watch has w told of every job from now on. See Engine.
+// Watch has w told of every job that begins from now on. See Engine.
 func (c *core) Watch(w Watcher) {
-	if w == nil {
-		c.watcher.Store(nil)
+	c.watchers.change(func(list []Watcher) []Watcher { return append(list, w) })
+}
+
+// Unwatch undoes one Watch. See Engine.
+func (c *core) Unwatch(w Watcher) {
+	c.watchers.change(func(list []Watcher) []Watcher {
+		if i := slices.Index(list, w); i >= 0 {
+			return slices.Delete(list, i, i+1)
+		}
+		return list
+	})
+}
+
+// change replaces the list.
+func (x *watchers) change(change func([]Watcher) []Watcher) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	var list []Watcher
+	if old := x.list.Load(); old != nil {
+		list = slices.Clone(*old)
+	}
+	if list = change(list); len(list) == 0 {
+		x.list.Store(nil)
 		return
 	}
-	c.watcher.Store(&watching{w})
+	x.list.Store(&list)
 }
 
-// watch begins to watch j.
-func (w *watching) watch(j *Job) *watched { return &watched{w.by, w.by.CopyBegan(j)} }
+// watch tells all of j, which begins.
+func watch(list []Watcher, j *Job) *watched {
+	w := &watched{by: list, watch: make([]Watch, len(list))}
+	for i, by := range list {
+		w.watch[i] = by.CopyBegan(j)
+	}
+	return w
+}
 
-// end ends it.
+// end tells them of its end.
 func (w *watched) end(j *Job) {
 	j.state.watched = nil
-	w.by.CopyEnded(j, w.watch)
+	for i, by := range w.by {
+		by.CopyEnded(j, w.watch[i])
+	}
 }

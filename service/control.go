@@ -129,6 +129,11 @@ func (c *control) handler(streaming context.Context) http.Handler {
 			c.fail(w, r, err)
 		}
 	})
+	mux.HandleFunc("GET "+api.Prefix+"/devices/{name}/trace", func(w http.ResponseWriter, r *http.Request) {
+		if err := c.serveTrace(w, r, streaming); err != nil {
+			c.fail(w, r, err)
+		}
+	})
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		c.fail(w, r, api.Errorf(syscall.ENOENT, "the control API has no %s %s", r.Method, r.URL.Path))
 	})
@@ -207,12 +212,11 @@ func (c *control) serveEvents(w http.ResponseWriter, r *http.Request, streaming 
 	if err != nil {
 		return err
 	}
-	select {
-	case c.streams <- struct{}{}:
-		defer func() { <-c.streams }()
-	default:
-		return api.Errorf(syscall.EAGAIN, "%d event streams are open: more are not served", streamsMax)
+	release, err := c.takeStream()
+	if err != nil {
+		return err
 	}
+	defer release()
 	ctx, cancel := context.WithCancel(r.Context())
 	defer cancel()
 	defer context.AfterFunc(streaming, cancel)()
@@ -223,6 +227,16 @@ func (c *control) serveEvents(w http.ResponseWriter, r *http.Request, streaming 
 	w.Header().Set("Content-Type", "application/x-ndjson")
 	c.logUnsent(stream(ctx, w, reader))
 	return nil
+}
+
+// takeStream counts one more stream, until release.
+func (c *control) takeStream() (release func(), err error) {
+	select {
+	case c.streams <- struct{}{}:
+		return func() { <-c.streams }, nil
+	default:
+		return nil, api.Errorf(syscall.EAGAIN, "%d event streams are open: more are not served", streamsMax)
+	}
 }
 
 // stream sends events until there are none or ctx ends.

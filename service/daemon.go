@@ -88,7 +88,8 @@ type Daemon struct {
 	ending     context.Context // ends when the daemon begins to stop
 	end        context.CancelFunc
 	throttle   *kcopyd.Throttle // of all engines
-	throttling sync.Mutex       // held while the throttle is changed
+	traces     traces
+	throttling sync.Mutex // held while the throttle is changed
 
 	// What New opens.
 	state   *stateDir

@@ -65,12 +65,11 @@ func (c *control) waitMapped(w http.ResponseWriter, r *http.Request, streaming c
 	if err != nil {
 		return nil, api.Errorf(syscall.EINVAL, "seen=%q: the number of an event is wanted", r.URL.Query().Get("seen"))
 	}
-	select {
-	case c.streams <- struct{}{}:
-		defer func() { <-c.streams }()
-	default:
-		return nil, api.Errorf(syscall.EAGAIN, "%d event streams are open: more are not served", streamsMax)
+	release, err := c.takeStream()
+	if err != nil {
+		return nil, err
 	}
+	defer release()
 	if err := http.NewResponseController(w).SetReadDeadline(time.Time{}); err != nil {
 		return nil, err
 	}

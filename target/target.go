@@ -21,7 +21,10 @@
 // The hooks of one target are called one at a time, with no lock of its device held.
 package target
 
-import "cowherd/block"
+import (
+	"cowherd/block"
+	"cowherd/kcopyd"
+)
 
 // A Target is what a mapped device is made of. Map either remaps r (changes its offset) and returns the device that
 // it goes to, or takes it and returns nil: the target then completes it, or submits it, itself. Map is called
@@ -42,6 +45,12 @@ type Remapper interface {
 	// on lie side by side, 1 to length. The range is within Size. Without ok nothing else is of meaning. It never
 	// blocks; the answer holds while the device above is not suspended.
 	Remap(offset, length int64) (to block.Device, at, n int64, ok bool)
+}
+
+// A Copying target has copies made by engines of its own. Watchers are told of them.
+type Copying interface {
+	Watch(w kcopyd.Watcher)
+	Unwatch(w kcopyd.Watcher)
 }
 
 // A Splitter has a boundary that no read and no write may cross when Map sees it.

@@ -112,13 +112,22 @@ func (a *Analyzer) stage(rec *record, yield func(*Life)) {
 		l.CPU = known(rec.cpu)
 	case block.StageCompleted:
 		l.Failed = rec.failed
-		l.end(rec.at)
-		a.sum.add(&l.Life)
-		if yield != nil {
-			yield(&l.Life)
-		}
-		delete(a.lives, rec.id)
-		a.free = append(a.free, l)
+		a.complete(l, rec, yield)
+	}
+}
+
+// complete ends a life. One that was held and never admitted outlived the trace: what it did then is not known.
+func (a *Analyzer) complete(l *life, rec *record, yield func(*Life)) {
+	delete(a.lives, rec.id)
+	a.free = append(a.free, l)
+	if l.held > 0 && l.admitted == 0 && !l.Failed {
+		a.broken++
+		return
+	}
+	l.end(rec.at)
+	a.sum.add(&l.Life)
+	if yield != nil {
+		yield(&l.Life)
 	}
 }
 

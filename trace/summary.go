@@ -25,7 +25,8 @@ type Flow struct {
 	Class string
 
 	Count, Bytes, Failed uint64
-	// Parts are latencies. Held and Wait are only of those that were held or waited, Device of those that came there.
+	// Parts are latencies. Held and Wait are only of those that were held or waited, Device of those that came there. Copies
+	// have only a Total.
 	Parts [partCount]metrics.Snapshot
 }
 
@@ -51,7 +52,7 @@ func (s *Summary) add(l *Life) {
 		f.Failed++
 	}
 	for part, d := range [partCount]time.Duration{l.Held, l.Map, l.Wait, l.Device, l.Total} {
-		if d > 0 || part == Map || part == Total {
+		if part == Total || l.Class == "" && (d > 0 || part == Map) {
 			f.Parts[part].Record(d)
 		}
 	}

@@ -44,6 +44,7 @@ type cli struct {
 	Throttle      throttleCmd      `cmd:"" help:"Show and limit how fast copies are made."`
 	Ls            lsCmd            `cmd:"" help:"List devices and snapshots."`
 	Status        statusCmd        `cmd:"" help:"Show all that is known of devices and snapshots."`
+	Trace         traceCmd         `cmd:"" help:"Follow the requests of a device: where their time goes, and which CPU issues how much."`
 	Events        eventsCmd        `cmd:"" help:"Show what happens in the daemon."`
 	Cow           cowCmd           `cmd:"" help:"Inspect, check, repair, export and merge persistent snapshots, without a daemon."`
 	Dm            dmCmd            `cmd:"" help:"The device mapper's verbs: tables, mapped devices, targets."`

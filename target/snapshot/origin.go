@@ -8,6 +8,7 @@ import (
 
 	"cowherd/block"
 	"cowherd/internal/percpu"
+	"cowherd/kcopyd"
 )
 
 // Origin is the snapshot-origin target: a device that is written while snapshots of it keep what it held. Without
@@ -21,6 +22,8 @@ type Origin struct {
 	retry     retry
 
 	mu sync.Mutex // serialises changes of snapshots
+	// Who is told of the copies for all snapshots.
+	watchers []kcopyd.Watcher // +checklocks:mu
 }
 
 // NewOrigin makes device an origin. The device stays the caller's, to close when nothing uses it any more.
@@ -62,6 +65,9 @@ func (o *Origin) Add(s *Snapshot) error {
 	list := append(slices.Clone(o.Snapshots()), s)
 	slices.SortStableFunc(list, func(a, b *Snapshot) int { return int(b.chunkSize - a.chunkSize) })
 	o.snapshots.Store(&list)
+	for _, w := range o.watchers {
+		s.Watch(w)
+	}
 	return nil
 }
 
@@ -71,6 +77,9 @@ func (o *Origin) Remove(s *Snapshot) {
 	defer o.mu.Unlock()
 	list := slices.DeleteFunc(slices.Clone(o.Snapshots()), func(x *Snapshot) bool { return x == s })
 	o.snapshots.Store(&list)
+	for _, w := range o.watchers {
+		s.Unwatch(w)
+	}
 }
 
 // Map remaps r to the device below, or takes it (nil) when chunks must be copied first.
