@@ -49,7 +49,9 @@ func (s *Snapshot) preserve(r *block.Request) (wait pendingChunk, h hindrance) {
 	}
 	chunk, end := s.chunksOf(r.Offset, min(r.Length, s.size-r.Offset))
 	for chunk < end {
+		s.coarse.lock()
 		if s.known.has(chunk) {
+			s.coarse.unlock()
 			chunk++
 			continue
 		}
@@ -61,11 +63,14 @@ func (s *Snapshot) preserve(r *block.Request) (wait pendingChunk, h hindrance) {
 		switch {
 		case v.state() == copied:
 			s.known.add(chunk)
+			s.coarse.unlock()
 			chunk++
 		case v.state() != none:
+			s.coarse.unlock()
 			wait = pendingChunk{at, v}
 			chunk++
 		case s.invalidCause() != nil:
+			s.coarse.unlock()
 			if !s.verdict.known.Load() {
 				return wait, undecided
 			}
@@ -73,9 +78,13 @@ func (s *Snapshot) preserve(r *block.Request) (wait pendingChunk, h hindrance) {
 		default:
 			e := s.exceptions.get(r.Queue, chunk)
 			if e == nil {
+				s.coarse.unlock()
 				return wait, noException
 			}
-			if s.claim(e, at, end) == 0 {
+			claimed := s.claim(e, at, end)
+			s.coarse.unlock()
+			if claimed == 0 {
+				s.release(e)
 				continue // another request was quicker: look again
 			}
 			switch s.allocate(e, forOrigin) {
@@ -101,7 +110,7 @@ func (s *Snapshot) preserve(r *block.Request) (wait pendingChunk, h hindrance) {
 }
 
 // claim makes e the pending exception of as many chunks as possible from e.from on, up to end and to runMax bytes. at
-// is what find gave for e.from. If it gets none e is idle again.
+// is what find gave for e.from. If it gets none the caller releases e.
 func (s *Snapshot) claim(e *exception, at *atomic.Uint64, end cowstore.Chunk) int {
 	most := max(1, int(runMax>>s.chunkShift))
 	v := uint64(pendingSlot(e.index))
@@ -127,9 +136,6 @@ func (s *Snapshot) claim(e *exception, at *atomic.Uint64, end cowstore.Chunk) in
 		at = s.table.find(chunk + 1)
 	}
 	claimed := e.count
-	if claimed == 0 {
-		s.release(e)
-	}
 	return claimed
 }
 
@@ -203,10 +209,12 @@ func (e *exception) copied(j *kcopyd.Job) {
 
 // publish makes the exceptions visible to readers, and finishes e when no read of the origin is in the way.
 func (s *Snapshot) publish(e *exception) {
+	s.coarse.lock()
 	for i := range e.count {
 		to := e.to + cowstore.Chunk(i)
 		s.slotAt(e, i).Store(uint64(drainingSlot(e.index, to)))
 	}
+	s.coarse.unlock()
 	if s.reads.none() {
 		s.finish(e)
 		return
@@ -232,10 +240,12 @@ func (s *Snapshot) slotAt(e *exception, i int) *atomic.Uint64 {
 
 // finish lets everybody go on who waited for e.
 func (s *Snapshot) finish(e *exception) {
+	s.coarse.lock()
 	for i := range e.count {
 		s.slotAt(e, i).Store(uint64(copiedSlot(e.to + cowstore.Chunk(i))))
 		s.known.add(e.from + cowstore.Chunk(i))
 	}
+	s.coarse.unlock()
 	full := e.overwrite
 	s.release(e)
 	if full != nil {

@@ -65,6 +65,7 @@ func worldConfigs() (all []worldConfig) {
 			}
 			all = append(all, worldConfig{async, engine, 0, true}, worldConfig{async, engine, 2, true})
 		}
+		all = append(all, worldConfig{async, oneLock, 0, false}, worldConfig{async, oneLock, 2, true})
 	}
 	return all
 }
@@ -216,6 +217,7 @@ func (w *world) take() {
 		Store:            w.config.store(w.t, x.faults, max(1, int64(x.total)*int64(chunkSize)), chunkSize),
 		DiscardZeroesCOW: features >= 2, DiscardPassdownOrigin: features == 3,
 		PendingMax:  w.config.pendingMax,
+		OneLock:     w.config.engine == oneLock,
 		Invalidated: func(error) { x.invalidations.Add(1) },
 	}
 	w.t.add("take snap%d: chunks of %d, at most %d, features %d", w.taken, chunkSize, x.total, features)

@@ -15,7 +15,10 @@ func (s *Snapshot) mapRead(r *block.Request) block.Device {
 		s.readSplit(r)
 		return nil
 	}
-	if v := s.lookup(chunk); v.readable() {
+	s.coarse.lock()
+	v := s.lookup(chunk)
+	s.coarse.unlock()
+	if v.readable() {
 		r.Offset = s.moveTo(r.Offset, v.chunk())
 		return s.cow
 	}

@@ -288,8 +288,11 @@ func pattern(stamp uint64, n int64) []byte {
 // engineNames are the copy engines that every test runs over.
 var engineNames = []string{"scaled", "serialised"}
 
+// oneLock is a serialised engine below a snapshot with one lock.
+const oneLock = "onelock"
+
 func newEngine(name string) kcopyd.Engine {
-	if name == "serialised" {
+	if name == "serialised" || name == oneLock {
 		return kcopyd.NewSerialised(kcopyd.Config{})
 	}
 	return kcopyd.NewScaled(kcopyd.Config{})

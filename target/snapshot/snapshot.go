@@ -2,6 +2,7 @@ package snapshot
 
 import (
 	"fmt"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -42,6 +43,8 @@ type Config struct {
 	DiscardZeroesCOW, DiscardPassdownOrigin bool
 	// PendingMax is the limit of exceptions in flight, at most 16383; 0: 2048.
 	PendingMax int
+	// OneLock has one lock guard all exceptions, with a serialised engine only. It is there to be compared with.
+	OneLock bool
 	// OnFull is what happens when the COW device has no room for an exception; see there for COWMax and StallMax.
 	OnFull   OnFull
 	COWMax   int64 // bytes; 0: no limit
@@ -68,6 +71,7 @@ type Snapshot struct {
 	known      knownCopied
 	table      *table
 	cause      atomic.Pointer[error] // why the snapshot is invalid; nil: it is valid
+	coarse     coarse
 
 	name        string
 	origin      *Origin
@@ -120,6 +124,9 @@ func New(c Config) (*Snapshot, error) {
 		known:       newKnownCopied(c.ChunkSize.ChunkCeil(c.Origin.Size())),
 		reads:       trackedReads{shards: percpu.New[trackShard]()},
 		overwritten: percpu.New[atomic.Uint64](),
+	}
+	if c.OneLock {
+		s.coarse.mu = new(sync.Mutex)
 	}
 	s.exceptions = newExceptionPool(s, min(c.PendingMax, slotIndexMax))
 	s.full.init(s, &c)

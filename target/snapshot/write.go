@@ -27,7 +27,9 @@ func (s *Snapshot) write(r *block.Request) {
 	}
 	for {
 		invalid := s.invalidCause() != nil
+		s.coarse.lock()
 		end, v := s.uniform(r.Offset, r.End())
+		s.coarse.unlock()
 		switch {
 		case invalid && v.state() != pending:
 			r.Complete(s.invalidError(r))
@@ -104,6 +106,7 @@ func (s *Snapshot) writeNew(r *block.Request) bool {
 		return true
 	}
 	if s.claim(e, s.table.find(start), end) == 0 {
+		s.release(e)
 		return false
 	}
 	switch s.allocate(e, forSnapshot) {
