@@ -23,6 +23,7 @@ var layers = [][]string{
 	{"cmd/*"},
 	{"demo", "bench/peers"},
 	{"service", "bench"},
+	{"bench/model"},
 	{"api"},
 	{"export/*"},
 	{"dm"},
