@@ -91,22 +91,26 @@ const (
 
 // live is a target with its optional powers, and what users of the device have been told. It does not change.
 type live struct {
+	// What a request that goes past the gates looks at lies together.
+	size   int64
+	mask   int64    // logical block - 1
+	plain  block.Op // the last operation that needs no more than its range checked: OpWrite, or OpRead if writes are refused
+	direct direct
+
 	target   Target
-	size     int64
-	mask     int64 // logical block - 1
-	readOnly bool  // writes are refused
 	limits   block.Limits
 	extents  block.ExtentLister // nil: it has none
 	remapper target.Remapper    // nil: it is none
-	direct   direct
-	base     *live         // the same without direct
-	tracer   *trace.Tracer // nil: it is not traced
+	base     *live              // the same without direct
+	tracer   *trace.Tracer      // nil: it is not traced
 }
 
 // newLive prepares a target for a device of some limits.
 func newLive(t Target, limits block.Limits) *live {
-	l := &live{target: unwrap(t), size: t.Size(), limits: limits, readOnly: limits.ReadOnly}
-	l.mask = int64(limits.LogicalBlock) - 1
+	l := &live{target: unwrap(t), size: t.Size(), limits: limits, mask: int64(limits.LogicalBlock) - 1, plain: block.OpWrite}
+	if limits.ReadOnly {
+		l.plain = block.OpRead
+	}
 	l.extents, _ = l.target.(block.ExtentLister)
 	l.remapper, _ = l.target.(target.Remapper)
 	l.base = l
@@ -142,10 +146,34 @@ func (d *Device) Size() int64 { return d.live.Load().size }
 func (d *Device) Limits() block.Limits { return d.live.Load().limits }
 
 // Submit checks r and maps it. While the gate is closed it keeps r for later.
+//
+// The way past the gates (direct.go) is written out here: as a function of its own it took 2 of the 8 ns.
 func (d *Device) Submit(r *block.Request) {
-	if l := d.live.Load(); l.direct.to != nil && l.isPlain(r) && d.submitDirect(r, l) {
+	l := d.live.Load()
+	if l.direct.to == nil || !l.isPlain(r) {
+		d.submitGated(r)
 		return
 	}
+	in := d.inflight.At(uint(r.Queue))
+	in.direct.Add(1)
+	if d.live.Load() != l {
+		d.leaveDirect(in)
+		d.submitGated(r)
+		return
+	}
+	r.Offset += l.direct.shift
+	if l.direct.doer == nil {
+		r.Push((*directGate)(d))
+		l.direct.to.Submit(r)
+		return
+	}
+	err := l.direct.doer.Perform(r)
+	d.leaveDirect(in) // before the submitter is told, as in gate.Complete
+	r.Complete(err)
+}
+
+// submitGated is Submit through the gate and the target.
+func (d *Device) submitGated(r *block.Request) {
 	in := d.inflight.At(uint(r.Queue))
 	in.n.Add(1)
 	if d.closed.Load() {
@@ -169,8 +197,8 @@ func (d *Device) Submit(r *block.Request) {
 
 // isPlain tells whether r is a read or a write in which check would find nothing wrong.
 func (l *live) isPlain(r *block.Request) bool {
-	return r.Op <= block.OpWrite && (r.Op == block.OpRead || !l.readOnly) && int64(len(r.Data)) == r.Length &&
-		(r.Offset|r.Length)&l.mask == 0 && r.Offset >= 0 && r.Offset <= l.size-r.Length
+	return r.Op <= l.plain && int64(len(r.Data)) == r.Length && (r.Offset|r.Length)&l.mask == 0 && r.Offset >= 0 &&
+		r.Offset <= l.size-r.Length
 }
 
 // removed is the target of a device that was removed.

@@ -6,12 +6,13 @@ import (
 	"cowherd/block"
 )
 
-// A device whose target only moves all of it to one range of another mapped device, which may do the same in turn, goes
-// past the gates between: while all of them are open, its reads and writes are submitted to what lies below the last one.
-// Three linear targets then cost one gate instead of three.
+// A device whose target only moves all of it to one range of another device, which may be a mapped one that does the same in
+// turn, goes past the target and past the gates between: while all of them are open, its reads and writes are submitted to
+// what lies below the last one. Three linear targets then cost one gate instead of three.
 //
 //	U.redirect    finds out where U's bytes lie, and asks each gate on the way to admit U (a rider)
 //	U.Submit      direct[queue]++; is the live target still the one that was looked at? then past the gates
+//	              what lies below does it at once: then r is not told of it, direct[queue]-- follows
 //	D closes      U.undirect, for each rider U: U goes by the gates from here on; what went past them is waited for
 //	D opens       U.redirect, for each U that has asked D before
 //
@@ -22,28 +23,15 @@ import (
 
 // direct is where a live target's bytes lie, past the gates on the way.
 type direct struct {
-	to    block.Device // nil: go by the gates
-	shift int64        // from an offset of the device to one of to
+	to    block.Device    // nil: go by the target and the gates
+	shift int64           // from an offset of the device to one of to
+	doer  block.Immediate // to, if it does requests at once; else nil
 }
 
 // way is a gate on the way, and the live target that was found behind it.
 type way struct {
 	device *Device
 	live   *live
-}
-
-// submitDirect submits r, which fits the device, past the gates; false: they are in use again.
-func (d *Device) submitDirect(r *block.Request, l *live) bool {
-	in := d.inflight.At(uint(r.Queue))
-	in.direct.Add(1)
-	if d.live.Load() != l {
-		d.leaveDirect(in)
-		return false
-	}
-	r.Offset += l.direct.shift
-	r.Push((*directGate)(d))
-	l.direct.to.Submit(r)
-	return true
 }
 
 // directGate is the Device as the Completer of what went past the gates below.
@@ -56,14 +44,19 @@ func (g *directGate) Complete(r *block.Request, err error) {
 	r.Complete(err)
 }
 
-// leaveDirect counts a request off that went past the gates.
+// leaveDirect counts a request off that went past the gates. It is inlined.
 func (d *Device) leaveDirect(in *counter) {
 	in.direct.Add(-1)
 	if d.undirecting.Load() {
-		d.mu.Lock()
-		d.checkDirectLocked()
-		d.mu.Unlock()
+		d.checkDirect()
 	}
+}
+
+// checkDirect is checkDirectLocked.
+func (d *Device) checkDirect() {
+	d.mu.Lock()
+	d.checkDirectLocked()
+	d.mu.Unlock()
 }
 
 // checkDirectLocked lets those go on who wait until nothing is past the gates.
@@ -132,7 +125,7 @@ func (d *Device) dismiss(ctx context.Context) error {
 	return nil
 }
 
-// redirect lets the device go past the gates below, if it can.
+// redirect lets the device go past its target and the gates below, if it can.
 func (d *Device) redirect() {
 	d.ways.Lock()
 	defer d.ways.Unlock()
@@ -145,7 +138,7 @@ func (d *Device) redirect() {
 	}
 	d.forgetGates()
 	to, gates := l.resolve()
-	if len(gates) == 0 {
+	if to.to == nil {
 		return
 	}
 	d.mu.Lock()
@@ -212,14 +205,17 @@ func (l *live) resolve() (to direct, gates []way) {
 	}
 	below, at, n, ok := l.remapper.Remap(0, l.size)
 	for ok && n == l.size {
-		to = direct{below, at}
+		to = direct{to: below, shift: at}
 		d, isMapped := below.(*Device)
 		if !isMapped {
+			if doer, ok := below.(block.Immediate); ok && doer.IsImmediate() {
+				to.doer = doer
+			}
 			return to, gates
 		}
 		x := d.live.Load().base
 		if x.remapper == nil || x.tracer != nil || at > x.size-l.size || x.limits.LogicalBlock > l.limits.LogicalBlock ||
-			x.readOnly && !l.readOnly {
+			x.plain < l.plain {
 			return to, gates
 		}
 		if below, at, n, ok = x.remapper.Remap(at, l.size); ok && n == l.size {

@@ -10,6 +10,7 @@ import (
 	"syscall"
 	"testing"
 
+	"cowherd/backend/mem"
 	"cowherd/block"
 	"cowherd/dm"
 	"cowherd/internal/fault"
@@ -22,14 +23,47 @@ func over(d block.Device, name string, start, size int64) *dm.Device {
 	return dm.NewDevice(name, linear.New(target.Lower{Device: d, Name: target.Name("x")}, start, size), false)
 }
 
-// TestDirect: linear devices over each other, each of which is suspended, held, given another target and resumed in
+// prompt is a device in memory that does requests at once, and counts them. Its reads wait while wait is held.
+type prompt struct {
+	*mem.Device
+	wait sync.RWMutex
+	seen atomic.Int64
+}
+
+func (p *prompt) Submit(r *block.Request) { r.Complete(p.Perform(r)) }
+
+func (p *prompt) Perform(r *block.Request) error {
+	p.seen.Add(1)
+	if r.Op == block.OpRead {
+		p.wait.RLock()
+		defer p.wait.RUnlock()
+	}
+	return p.Device.Perform(r)
+}
+
+// newPrompt makes one of size bytes.
+func newPrompt(t *testing.T, size int64) *prompt {
+	return &prompt{Device: memory(t, size).(*mem.Device)}
+}
+
+func TestDirect(t *testing.T) {
+	t.Run("waits", func(t *testing.T) {
+		lower := fault.New(memory(t, 1<<20))
+		testDirect(t, lower, func() int64 { return int64(lower.Seen(block.OpRead) + lower.Seen(block.OpWrite)) })
+	})
+	t.Run("immediate", func(t *testing.T) {
+		lower := newPrompt(t, 1<<20)
+		testDirect(t, lower, lower.seen.Load)
+	})
+}
+
+// testDirect: linear devices over each other, each of which is suspended, held, given another target and resumed in
 // random order. While any of them is still, nothing that comes from above reaches the device below; every byte is where it
 // belongs; nothing is lost.
-func TestDirect(t *testing.T) {
+func testDirect(t *testing.T, lower block.Device, seen func() int64) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	const size = 256 << 10
-	lower := fault.New(memory(t, 1<<20))
 	one := over(lower, "one", 4096, size)
 	two := over(one, "two", 0, size)
 	three := over(two, "three", 0, size)
@@ -60,12 +94,12 @@ func TestDirect(t *testing.T) {
 	}
 	rnd := rand.New(rand.NewPCG(seed, 99))
 	still := func() {
-		seen := lower.Seen(block.OpRead) + lower.Seen(block.OpWrite)
+		before := seen()
 		for range 20 {
 			runtime.Gosched()
 		}
-		if now := lower.Seen(block.OpRead) + lower.Seen(block.OpWrite); now != seen {
-			t.Errorf("%d requests went through a device that is still", now-seen)
+		if now := seen(); now != before {
+			t.Errorf("%d requests went through a device that is still", now-before)
 		}
 	}
 	for range 400 {
@@ -137,3 +171,48 @@ func TestDirectWaits(t *testing.T) {
 	one.Resume()
 	kept.want(t, nil)
 }
+
+// TestImmediateWaits: a suspend waits for a request that is being done at once; its submitter may then do what he likes.
+func TestImmediateWaits(t *testing.T) {
+	lower := newPrompt(t, 1<<20)
+	d := over(over(lower, "one", 4096, 8192), "two", 0, 8192)
+	lower.wait.Lock()
+	over := make(chan error, 1)
+	r := &block.Request{Op: block.OpRead, Length: 512, Data: make([]byte, 512)}
+	r.Push(whenDone(func(err error) {
+		do(t, d.Suspend(inTime(t))) // it is not in flight any more
+		over <- err
+	}))
+	go d.Submit(r)
+	for lower.seen.Load() == 0 {
+		runtime.Gosched()
+	}
+	held := make(chan error, 1)
+	go func() { held <- d.Hold(inTime(t)) }()
+	for { // until its gate is closed
+		if _, _, _, ok := d.Remap(0, 0, 512); !ok {
+			break
+		}
+		d.Release(0)
+		runtime.Gosched()
+	}
+	select {
+	case err := <-held:
+		t.Fatalf("held with a request in flight: %v", err)
+	default:
+	}
+	lower.wait.Unlock()
+	do(t, <-held)
+	do(t, <-over)
+	d.Unhold()
+	d.Resume()
+	if err := block.Read(d, make([]byte, 512), 8192); !errors.Is(err, syscall.EIO) {
+		t.Errorf("a read beyond the end: %v", err)
+	}
+	do(t, d.Close(inTime(t)))
+}
+
+// whenDone is a Completer that runs a function.
+type whenDone func(error)
+
+func (f whenDone) Complete(_ *block.Request, err error) { f(err) }

@@ -37,6 +37,7 @@ var (
 	_ block.Device       = (*Device)(nil)
 	_ block.ExtentLister = (*Device)(nil)
 	_ block.Lender       = (*Device)(nil)
+	_ block.Immediate    = (*Device)(nil)
 )
 
 // New makes a device. It fails with EINVAL when the size or the limit is negative or the size is not a multiple of 512.
@@ -63,16 +64,21 @@ func (d *Device) Limits() block.Limits { return d.limits }
 func (d *Device) Allocated() int64 { return d.store.Allocated() }
 
 // Submit does r and completes it before it returns.
-func (d *Device) Submit(r *block.Request) {
+func (d *Device) Submit(r *block.Request) { r.Complete(d.Perform(r)) }
+
+// IsImmediate is true.
+func (d *Device) IsImmediate() bool { return true }
+
+// Perform does r.
+func (d *Device) Perform(r *block.Request) error {
 	if invariant.Enabled {
 		err := block.CheckRange(r, d.Size(), d.limits)
 		invariant.Check(err == nil, "memory device: %v", err)
 	}
 	if err := d.do(r); err != nil {
-		r.Complete(block.WrapError(r, err))
-		return
+		return block.WrapError(r, err)
 	}
-	r.Complete(nil)
+	return nil
 }
 
 // do does r. A flush has nothing to do, and no operation here is slow enough to heed Fast.
