@@ -202,7 +202,7 @@ func (x *rig) repetition(samples map[cellKey][]sample, rep, jobs, depth int) err
 	if rep%2 == 1 {
 		slices.Reverse(engines)
 	}
-	s, err := x.run(x.origin, jobs, depth)
+	s, err := x.run(x.origin, block.OpWrite, jobs, depth)
 	if err != nil {
 		return err
 	}
@@ -235,11 +235,11 @@ func (x *rig) snapshotRuns(name string, jobs, depth int) (first, later sample, e
 	if err := origin.Add(s); err != nil {
 		return first, later, err
 	}
-	if first, err = x.run(device, jobs, depth); err != nil {
+	if first, err = x.run(device, block.OpWrite, jobs, depth); err != nil {
 		return first, later, err
 	}
 	first.share = busiest(engine.QueueJobs())
-	if later, err = x.run(device, jobs, depth); err != nil {
+	if later, err = x.run(device, block.OpWrite, jobs, depth); err != nil {
 		return first, later, err
 	}
 	if cause := s.Status().Invalid; cause != nil {
@@ -274,9 +274,9 @@ func busiest(counts []uint64) float64 {
 	return float64(most) / float64(sum)
 }
 
-// run writes every chunk of d once by jobs at the same time: each in random order over a range of its own, as fio's
+// run writes, or reads, every chunk of d once by jobs at the same time: each in random order over a range of its own, as fio's
 // jobs in the tests of dm-snapshot's locking series.
-func (x *rig) run(d block.Device, jobs, depth int) (sample, error) {
+func (x *rig) run(d block.Device, op block.Op, jobs, depth int) (sample, error) {
 	for i := range x.offsets {
 		x.offsets[i] = uint32(i)
 	}
@@ -284,7 +284,7 @@ func (x *rig) run(d block.Device, jobs, depth int) (sample, error) {
 	for i := range list {
 		part := x.offsets[i*len(x.offsets)/jobs : (i+1)*len(x.offsets)/jobs]
 		x.rand.Shuffle(len(part), func(i, j int) { part[i], part[j] = part[j], part[i] })
-		list[i] = newJob(d, block.Queue(i), depth, block.OpWrite, x.config.ChunkBytes, x.config.ChunkBytes, part)
+		list[i] = newJob(d, block.Queue(i), depth, op, x.config.ChunkBytes, x.config.ChunkBytes, part)
 	}
 	runtime.GC() // what earlier runs left is not this one's to pay for
 	m, err := runJobs(list)

@@ -68,9 +68,14 @@ func (rep *Report) WriteTable(w io.Writer) error {
 			r.Jobs, r.Depth, r.IOPS/1000, r.MeanUS, r.P50US, r.P99US, 100*r.QueueShare, 100*r.Spread)
 	}
 	fmt.Fprintln(t)
-	fmt.Fprintln(t, "device\tratio\tjobs\tdepth\tmedian\tmin\tmax\t")
-	for _, r := range rep.Ratios {
-		fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%.2f\t%.2f\t%.2f\t\n", r.Device, r.Name, r.Jobs, r.Depth, r.Value, r.Min, r.Max)
-	}
+	writeRatios(t, rep.Ratios)
 	return t.Flush()
+}
+
+// writeRatios prints ratios for people.
+func writeRatios(w io.Writer, ratios []Ratio) {
+	fmt.Fprintln(w, "device\tratio\tjobs\tdepth\tmedian\tmin\tmax\t")
+	for _, r := range ratios {
+		fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%.2f\t%.2f\t%.2f\t\n", r.Device, r.Name, r.Jobs, r.Depth, r.Value, r.Min, r.Max)
+	}
 }

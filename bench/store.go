@@ -205,7 +205,7 @@ func (x *storeRig) firstWrites(kind string) (s storeSample, err error) {
 	}
 	writes := &rig{config: KcopydConfig{ChunkBytes: x.config.ChunkBytes}, offsets: x.offsets, rand: x.rand}
 	before := processorTime()
-	if s.sample, err = writes.run(dm.NewDevice("bench", origin, false), x.config.Jobs, x.config.Depth); err != nil {
+	if s.sample, err = writes.run(dm.NewDevice("bench", origin, false), block.OpWrite, x.config.Jobs, x.config.Depth); err != nil {
 		return s, err
 	}
 	s.cpu = float64((processorTime() - before).Nanoseconds()) / 1000 / float64(x.config.Chunks)
