@@ -3,6 +3,7 @@ package dm
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -33,8 +34,8 @@ type Target = target.Target
 //
 //  1. While the gate is closed, and whoever closed it has been told so, no request is between Submit and its completion
 //     in the target.
-//  2. No request is lost: what Submit kept is submitted when the gate is opened, or failed with ESHUTDOWN when the
-//     device is closed.
+//  2. No request is lost: what Submit kept is submitted when the gate is opened, in the order of each queue, or failed
+//     with ESHUTDOWN when the device is closed.
 type Device struct {
 	// What every request looks at lies together, in one cache line: a copy of a few KiB later none of it is in the
 	// innermost cache any more.
@@ -385,6 +386,30 @@ func (d *Device) Resume() {
 	d.goOn(kept)
 }
 
+// Flush makes durable what a suspended device has written, past its gate. If ctx ends first the error is ctx's, and the
+// flush is in flight like a request: the next Suspend waits for it. EBUSY: the device is not suspended.
+func (d *Device) Flush(ctx context.Context) error {
+	in := d.inflight.At(0)
+	d.mu.Lock()
+	isSuspended := d.suspension == suspended
+	if isSuspended { // so that whoever closes the gate for one more reason, or anew, waits for the flush
+		in.n.Add(1)
+		if d.quiet {
+			d.quiet, d.drained = false, make(chan struct{})
+		}
+	}
+	d.mu.Unlock()
+	if !isSuspended {
+		return fmt.Errorf("flush %q: the device is not suspended: %w", d.Name(), syscall.EBUSY)
+	}
+	return flushUntil(ctx, func(r *block.Request) {
+		r.Push((*gate)(d))
+		if to := d.live.Load().target.Map(r); to != nil {
+			to.Submit(r)
+		}
+	})
+}
+
 // Suspended tells whether a Suspend has succeeded, and no Resume since.
 func (d *Device) Suspended() bool {
 	d.mu.Lock()
@@ -466,10 +491,27 @@ func (l *live) checkFit(target Target) error {
 	return nil
 }
 
-// goOn submits what was kept, once the gate is open.
+// goOn submits what was kept, once the gate is open. The caller does it, and as many goroutines as there is work for help
+// him, each with the requests of one shard of queues at a time, so that no request waits for the copies that one of
+// another queue makes. A helper ends when no shard is left. Close need not wait for it: what it has submitted is in flight,
+// and waited for as such, and what it has not yet will be refused.
 func (d *Device) goOn(kept block.List) {
 	d.opened()
-	d.submitAll(kept)
+	shards := make([]block.List, d.inflight.Len())
+	for r := kept.PopFront(); r != nil; r = kept.PopFront() {
+		shards[int(r.Queue)%len(shards)].PushBack(r)
+	}
+	shards = slices.DeleteFunc(shards, func(l block.List) bool { return l.Len() == 0 })
+	var taken atomic.Int64
+	work := func() {
+		for i := taken.Add(1); i <= int64(len(shards)); i = taken.Add(1) {
+			d.submitAll(shards[i-1])
+		}
+	}
+	for i := 1; i < len(shards); i++ {
+		go work()
+	}
+	work()
 }
 
 func (d *Device) submitAll(l block.List) {
@@ -491,7 +533,8 @@ func (d *Device) Close(ctx context.Context) error {
 			kept := d.openLocked()
 			d.mu.Unlock()
 			d.forgetGates()
-			d.goOn(kept)
+			d.opened()
+			d.submitAll(kept)
 			return nil
 		}
 		d.mu.Unlock()

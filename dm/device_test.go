@@ -189,7 +189,9 @@ func TestSuspendKeepsRequests(t *testing.T) {
 	}
 	var calls []*call
 	for i := range 5 {
-		calls = append(calls, submit(d, block.OpWrite, block.Queue(i), 0, []byte{byte(i + 1)}))
+		for queue := range block.Queue(3) {
+			calls = append(calls, submit(d, block.OpWrite, queue, int64(queue), []byte{byte(i + 1)}))
+		}
 	}
 	flush := submit(d, block.OpFlush, 0, 0, nil)
 	for _, c := range calls {
@@ -206,9 +208,9 @@ func TestSuspendKeepsRequests(t *testing.T) {
 		c.want(t, nil)
 	}
 	flush.want(t, nil)
-	got := make([]byte, 1)
-	if err := block.Read(d, got, 0); err != nil || got[0] != 5 {
-		t.Errorf("kept requests did not go on in order: got %d, %v", got[0], err)
+	got := make([]byte, 3)
+	if err := block.Read(d, got, 0); err != nil || !bytes.Equal(got, []byte{5, 5, 5}) {
+		t.Errorf("kept requests of one queue did not go on in order: got %d, %v", got, err)
 	}
 	d.Resume() // has no effect
 	submit(d, block.OpWrite, 0, 0, []byte{1}).want(t, nil)
@@ -578,4 +580,75 @@ func BenchmarkSubmit(b *testing.B) {
 			d.Submit(r)
 		}
 	})
+}
+
+// rendezvous is a device whose first write ends when the second comes.
+type rendezvous struct {
+	ram
+	came sync.WaitGroup
+}
+
+func (d *rendezvous) Submit(r *block.Request) {
+	d.came.Done()
+	d.came.Wait()
+	r.Complete(nil)
+}
+
+// TestKeptByQueue: what was kept of one queue does not wait for what another queue's does in Submit.
+func TestKeptByQueue(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(max(2, runtime.GOMAXPROCS(0)))) // two shards
+	lower := &rendezvous{ram: ram{data: make([]byte, 512)}}
+	lower.came.Add(2)
+	d := dm.NewDevice("x", &window{lower: lower, size: 512}, false)
+	do(t, d.Suspend(inTime(t)))
+	one, two := submit(d, block.OpWrite, 0, 0, []byte{1}), submit(d, block.OpWrite, 1, 1, []byte{1})
+	go d.Resume()
+	one.want(t, nil)
+	two.want(t, nil)
+	do(t, d.Suspend(inTime(t)))
+	d.Resume()
+}
+
+// TestFlush: a flush past the gate is in flight, though its submitter waits for it no longer.
+func TestFlush(t *testing.T) {
+	for _, held := range []bool{false, true} {
+		lower := fault.New(&ram{data: make([]byte, 512)})
+		d := dm.NewDevice("x", &window{lower: lower, size: 512}, false)
+		if err := d.Flush(inTime(t)); !errors.Is(err, syscall.EBUSY) {
+			t.Errorf("a flush past a gate that is open: %v", err)
+		}
+		do(t, d.Suspend(inTime(t)))
+		do(t, d.Flush(inTime(t)))
+		lower.Hold(func(*block.Request) bool { return true })
+		ctx, cancel := context.WithCancel(t.Context())
+		over := make(chan error, 1)
+		go func() { over <- d.Flush(ctx) }()
+		for lower.Seen(block.OpFlush) < 2 {
+			runtime.Gosched()
+		}
+		cancel()
+		if err := <-over; !errors.Is(err, context.Canceled) {
+			t.Fatalf("a flush that does not end: %v", err)
+		}
+		ctx, cancel = context.WithTimeout(t.Context(), time.Millisecond)
+		if held { // the gate stays closed throughout
+			if err := d.Hold(ctx); !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("a hold with a flush in flight: %v", err)
+			}
+		} else {
+			d.Resume()
+			if err := d.Suspend(ctx); !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("a suspend with a flush in flight: %v", err)
+			}
+		}
+		cancel()
+		lower.Release()
+		if !held {
+			do(t, d.Suspend(inTime(t)))
+		}
+		do(t, d.Hold(inTime(t)))
+		d.Unhold()
+		d.Resume()
+		do(t, d.Close(inTime(t)))
+	}
 }

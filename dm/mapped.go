@@ -192,7 +192,7 @@ func (m *Mapped) suspend(ctx context.Context, flush bool) error {
 	active.hooks(target.Suspender.Presuspend)
 	err := m.device.Suspend(ctx)
 	if err == nil && flush {
-		if err = flushUntil(ctx, active.submit); err != nil {
+		if err = m.device.Flush(ctx); err != nil {
 			err = fmt.Errorf("suspend %q: %w", m.Name(), err)
 			m.device.Resume()
 		}
@@ -206,13 +206,6 @@ func (m *Mapped) suspend(ctx context.Context, flush bool) error {
 	m.suspended = true
 	m.mu.Unlock()
 	return nil
-}
-
-// submit hands a flush to the table, past the gate.
-func (l *loaded) submit(r *block.Request) {
-	if to := l.table.Map(r); to != nil {
-		to.Submit(r)
-	}
 }
 
 // flushing is the Completer of a flush that somebody may stop waiting for.
