@@ -12,8 +12,9 @@
 //	a mark                    is logged at once, behind what was logged before
 //	the target ends           what waits is logged, then the mark "dm-log-writes-end"
 //
-// A flush that fails gives back what it took along. Data is copied when the write comes. What waits is bounded: beyond
-// waitMax bytes it is logged without a flush, which for a replay is as if the device had written it early.
+// A flush that fails gives back what it took along. Data is copied when the write comes. What waits, for a flush or with one
+// that is in flight, is bounded: beyond waitMax bytes it is logged without a flush, which for a replay is as if the device
+// had written it early.
 //
 // Entries are written by one goroutine, in order, which exists while there is something to write. When the log is full,
 // or cannot be written, logging ends for good, the status says so, and the device goes on.
@@ -35,7 +36,7 @@ import (
 	"cowherd/target"
 )
 
-// waitMax is the most bytes of data that wait for a flush.
+// waitMax is the most bytes that wait for a flush, or for the end of one.
 const waitMax = 64 << 20
 
 // Type is made by
@@ -72,13 +73,15 @@ type Target struct {
 	entries     sync.Pool      // of *entry
 	writing     sync.WaitGroup // the goroutine that writes the log
 	super       []byte         // the goroutine's
+	waitMax     int64
 
 	mu sync.Mutex
-	// What is done and not flushed, and the bytes of it.
+	// What is done and not flushed.
 	unflushed []*entry // +checklocks:mu
-	waiting   int64    // +checklocks:mu
 	// Flushes in flight, with what they have taken along.
 	flushes []*entry // +checklocks:mu
+	// The bytes of what is unflushed, and of what flushes have taken along.
+	waiting int64 // +checklocks:mu
 	// What is to be logged.
 	queue []*entry // +checklocks:mu
 	// Somebody writes the log.
@@ -93,7 +96,7 @@ type Target struct {
 // New logs what is written to the first size bytes of device. Both stay the caller's.
 func New(device, log target.Lower, size int64) (*Target, error) {
 	sector := int64(max(device.Limits().LogicalBlock, block.SectorSize))
-	t := &Target{device: device, log: log, size: size, limits: device.Limits(), sectorBytes: sector, next: sector}
+	t := &Target{device: device, log: log, size: size, limits: device.Limits(), sectorBytes: sector, next: sector, waitMax: waitMax}
 	if t.sectorBytes%int64(log.Limits().LogicalBlock) != 0 {
 		return nil, target.Errorf("the logical block size of the log device %s is larger than that of %s", log.Name, device.Name)
 	}
@@ -138,7 +141,7 @@ func (t *Target) newEntry(r *block.Request) *entry {
 		e.covered = append(e.covered[:0], t.unflushed...)
 		t.flushes = append(t.flushes, e)
 		clear(t.unflushed)
-		t.unflushed, t.waiting = t.unflushed[:0], 0
+		t.unflushed = t.unflushed[:0]
 		t.mu.Unlock()
 		return e
 	case block.OpDiscard:
@@ -166,8 +169,7 @@ func (t *Target) done(e *entry, err error) {
 		at := slices.Index(t.flushes, e)
 		if err == nil { // what flushes took along that came before it is durable as well
 			for _, f := range t.flushes[:at] {
-				t.queue = append(t.queue, f.covered...)
-				f.covered = f.covered[:0]
+				f.covered = t.queueWaitingLocked(f.covered)
 			}
 		}
 		t.flushes = slices.Delete(t.flushes, at, at+1)
@@ -178,8 +180,8 @@ func (t *Target) done(e *entry, err error) {
 		e.covered = nil
 		t.free(e)
 	case e.flags&flagFlush != 0:
-		t.queue = append(append(t.queue, e.covered...), e)
-		e.covered = e.covered[:0]
+		e.covered = t.queueWaitingLocked(e.covered)
+		t.queue = append(t.queue, e)
 		t.startLocked()
 	case e.flags&flagFUA != 0:
 		t.queueOverwrittenLocked(e)
@@ -187,11 +189,23 @@ func (t *Target) done(e *entry, err error) {
 		t.startLocked()
 	default:
 		t.unflushed = append(t.unflushed, e)
-		if t.waiting += int64(len(e.contents)); t.waiting > waitMax {
-			t.queueUnflushedLocked()
+		if t.waiting += int64(len(e.contents)); t.waiting > t.waitMax {
+			t.queueAllLocked()
 			t.startLocked()
 		}
 	}
+}
+
+// queueWaitingLocked has logged what waits in a list, and gives back the list, which is empty.
+//
+// +checklocks:t.mu
+func (t *Target) queueWaitingLocked(list []*entry) []*entry {
+	for _, e := range list {
+		t.waiting -= int64(len(e.contents))
+	}
+	t.queue = append(t.queue, list...)
+	clear(list)
+	return list[:0]
 }
 
 // queueOverwrittenLocked has logged what e overwrites, and what that overwrites, and so on.
@@ -202,10 +216,12 @@ func (t *Target) queueOverwrittenLocked(e *entry) {
 	for _, f := range slices.Backward(t.flushes) {
 		later = markOverwritten(f.covered, later)
 	}
+	var taken []*entry
 	for _, f := range t.flushes {
-		f.covered, t.queue = takeOverwritten(f.covered, t.queue)
+		f.covered, taken = takeOverwritten(f.covered, taken)
 	}
-	t.unflushed, t.queue = takeOverwritten(t.unflushed, t.queue)
+	t.unflushed, taken = takeOverwritten(t.unflushed, taken)
+	t.queueWaitingLocked(taken)
 }
 
 // markOverwritten marks those of a list that one of later overwrites, or one behind them that is marked itself, and adds
@@ -220,17 +236,17 @@ func markOverwritten(list, later []*entry) []*entry {
 	return later
 }
 
-// takeOverwritten moves what is marked from a list to a queue.
-func takeOverwritten(list, queue []*entry) (rest, longer []*entry) {
+// takeOverwritten moves what is marked from a list to another.
+func takeOverwritten(list, taken []*entry) (rest, longer []*entry) {
 	rest = slices.DeleteFunc(list, func(x *entry) bool {
 		if !x.overwritten {
 			return false
 		}
 		x.overwritten = false
-		queue = append(queue, x)
+		taken = append(taken, x)
 		return true
 	})
-	return rest, queue
+	return rest, taken
 }
 
 // overlaps tells whether both are about a sector.
@@ -238,13 +254,14 @@ func (e *entry) overlaps(x *entry) bool {
 	return x.sector < e.sector+e.sectors && e.sector < x.sector+x.sectors
 }
 
-// queueUnflushedLocked has everything logged that waits for a flush.
+// queueAllLocked has everything logged that waits.
 //
 // +checklocks:t.mu
-func (t *Target) queueUnflushedLocked() {
-	t.queue = append(t.queue, t.unflushed...)
-	clear(t.unflushed)
-	t.unflushed, t.waiting = t.unflushed[:0], 0
+func (t *Target) queueAllLocked() {
+	for _, f := range t.flushes {
+		f.covered = t.queueWaitingLocked(f.covered)
+	}
+	t.unflushed = t.queueWaitingLocked(t.unflushed)
 }
 
 // free keeps an entry for later, unless it is large.
@@ -349,7 +366,7 @@ func (t *Target) mark(text string, last bool) error {
 	copy(e.contents[headerBytes:], text)
 	t.mu.Lock()
 	if last {
-		t.queueUnflushedLocked()
+		t.queueAllLocked()
 	}
 	t.queue = append(t.queue, e)
 	t.startLocked()

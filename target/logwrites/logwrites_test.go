@@ -162,6 +162,84 @@ func TestFailedFlush(t *testing.T) {
 	}
 }
 
+// TestWaitMax: no more waits than may, whatever becomes of the flushes.
+func TestWaitMax(t *testing.T) {
+	device, log := fault.New(newMem(t, 1<<20)), newMem(t, 4<<20)
+	x := newTarget(t, device, log)
+	x.waitMax = 16 << 10
+	waiting := func() (n, counted int64) {
+		x.mu.Lock()
+		defer x.mu.Unlock()
+		for _, f := range append(x.flushes, &entry{covered: x.unflushed}) {
+			for _, e := range f.covered {
+				n += int64(len(e.contents))
+			}
+		}
+		return n, x.waiting
+	}
+	device.Fail(func(r *block.Request) error {
+		if r.Op == block.OpFlush {
+			return syscall.EIO
+		}
+		return nil
+	})
+	writes := 0
+	for i := range int64(200) {
+		var flags block.Flags
+		if i%7 == 0 {
+			flags = block.FUA
+		}
+		if err := block.Do(x, block.OpWrite, flags, i*512, 512, sectorOf(1)); err != nil {
+			t.Fatal(err)
+		}
+		if writes++; i%10 == 0 {
+			if err := block.Flush(x); !errors.Is(err, syscall.EIO) {
+				t.Fatal(err)
+			}
+		}
+		if n, counted := waiting(); n > x.waitMax || n != counted {
+			t.Fatalf("%d bytes wait, %d are counted, %d may", n, counted, x.waitMax)
+		}
+	}
+	device.Fail(nil)
+	device.Hold(func(r *block.Request) bool { return r.Op == block.OpFlush })
+	flushes := make(chan error)
+	for i := range int64(3) { // each takes along what may wait, but for a little
+		for k := range int64(15) {
+			if err := block.Write(x, sectorOf(2), (i*15+k)*512); err != nil {
+				t.Fatal(err)
+			}
+			writes++
+		}
+		go func() { flushes <- block.Flush(x) }()
+		device.WaitHeld(int(i) + 1)
+		if n, counted := waiting(); n > x.waitMax || n != counted {
+			t.Fatalf("%d bytes wait with flushes in flight, %d are counted, %d may", n, counted, x.waitMax)
+		}
+	}
+	device.Release()
+	for range 3 {
+		if err := <-flushes; err != nil {
+			t.Error(err)
+		}
+	}
+	if n, counted := waiting(); n != 0 || counted != 0 {
+		t.Errorf("%d bytes wait behind a flush, %d are counted", n, counted)
+	}
+	if err := x.Close(); err != nil {
+		t.Fatal(err)
+	}
+	logged := 0
+	for _, e := range readLog(t, log) {
+		if len(e.data) > 0 {
+			logged++
+		}
+	}
+	if logged != writes {
+		t.Errorf("%d of %d writes are in the log", logged, writes)
+	}
+}
+
 // TestFull: when the log is full the device goes on, and the status says it.
 func TestFull(t *testing.T) {
 	device, log := newMem(t, 1<<16), newMem(t, 4096)
