@@ -81,10 +81,12 @@ func (t *tally) add(u *tally) {
 // A shard is a queue's part of an engine: its free buffers and its counters. The counters that a job moves together
 // with a buffer lie under the same lock, which is cheaper than an atomic for each.
 type shard struct {
-	submitted atomic.Uint64 // jobs; scaled only
+	submitted atomic.Uint64 // jobs, but for those that entered; scaled only
 	finished  atomic.Uint64 // jobs whose Done has returned
 
 	mu sync.Mutex
+	// +checklocks:mu
+	entered uint64 // jobs that were submitted, and counted under the lock
 	// +checklocks:mu
 	free [classCount]*buffer // stacks: the one used last has its bytes in the CPU's cache
 	// +checklocks:mu
@@ -101,6 +103,22 @@ func (sh *shard) take(class int) *buffer {
 	b := sh.takeLocked(class)
 	sh.mu.Unlock()
 	return b
+}
+
+// enter is take for the buffer of a job that it counts as submitted.
+func (sh *shard) enter(class int) *buffer {
+	sh.mu.Lock()
+	sh.entered++
+	b := sh.takeLocked(class)
+	sh.mu.Unlock()
+	return b
+}
+
+// jobs is the number of jobs submitted on the queue to a scaled engine.
+func (sh *shard) jobs() uint64 {
+	sh.mu.Lock()
+	defer sh.mu.Unlock()
+	return sh.submitted.Load() + sh.entered
 }
 
 // takeLocked is take for a caller who holds the lock.

@@ -74,19 +74,22 @@ type RouteStats struct {
 
 // startClock begins to time the piece of s, or not.
 func (s *subJob) startClock() {
-	j := s.job
-	s.weight = 1
-	if s.length < timedAlways {
-		// Random enough: which one it is depends on where it lies and on those that the sub-job copied before.
-		s.noise = (s.noise + uint32(j.From.Offset>>9)) * 2654435769
-		if s.noise>>(32-timedShift) != 0 {
-			s.weight = 0
-			return
-		}
-		s.noise++
-		s.weight = timedShare
+	if s.weight = s.draw(); s.weight > 0 {
+		s.began = s.job.state.core.now()
 	}
-	s.began = j.state.core.now()
+}
+
+// draw is how many pieces the time of the piece of s counts for. It is random enough: which ones are timed depends on
+// where they lie, and on those that the sub-job copied before.
+func (s *subJob) draw() uint8 {
+	if s.length >= timedAlways {
+		return 1
+	}
+	s.noise = (s.noise+uint32(s.job.From.Offset>>9))*2654435769 + 1
+	if s.noise>>(32-timedShift) != 0 {
+		return 0
+	}
+	return timedShare
 }
 
 // countLocked counts the piece of s, which has ended.
@@ -94,7 +97,7 @@ func (s *subJob) startClock() {
 // +checklocks:sh.mu
 func (sh *shard) countLocked(s *subJob) {
 	j := s.job
-	if s.isWhole() && !s.goesOn() {
+	if s.isWhole() && (s.rest == 0 || !s.goesOn()) {
 		sh.counted.jobs++
 		if j.ReadErr != nil || j.WriteErr != nil {
 			sh.counted.errors++
@@ -134,7 +137,7 @@ func (sh *shard) countBadLocked(s *subJob, c *counter) {
 		sh.counted.bytesRead += uint64(s.length)
 	}
 	if !s.cut {
-		sh.counted.bytesWritten += uint64(s.length) * uint64(len(s.job.To)-s.bad)
+		sh.counted.bytesWritten += uint64(s.length) * uint64(len(s.job.To)-int(s.bad))
 	}
 }
 

@@ -12,31 +12,34 @@ import (
 )
 
 // jobState is the engine's part of a Job.
+//
+// The fields stand in the order of their use, as a sub-job's do.
 type jobState struct {
 	core  *core  // the engine; nil while the job is not in flight
 	shard *shard // whose buffers and counters the job uses
-	step  int64  // bytes of a piece, but for the last
-	op    block.Op
+	// watched is what those remember of the job who are told of it; nil: nobody is.
+	watched *watched
 	// lender is the source if it lends its bytes: then no buffer is needed, and nothing is read.
 	lender block.Lender
+	split  *split // the sub-jobs of a job of several pieces; nil: whole
+	step   int64  // bytes of a piece, but for the last
+	op     block.Op
 	// climbing: its pieces are planned one by one, since they may be offloaded.
 	climbing bool
-	course   course // of a job that climbs; guarded by mu
+	live     atomic.Int32 // sub-jobs of split that have not left
 
-	watched *watched // nil: nobody watches it
+	whole subJob // does all the work of a job of one piece
 
-	split *split       // the sub-jobs of a job of several pieces; nil: whole
-	live  atomic.Int32 // sub-jobs of split that have not left
-	whole subJob       // does all the work of a job of one piece
+	course course // of a job that climbs; guarded by mu
 
 	// mu is taken by jobs of several pieces, and when there is an error; it guards the job's result too.
 	mu sync.Mutex
 	// +checklocks:mu
+	failed bool // there was an error
+	// +checklocks:mu
 	taken int64 // bytes from the start of the job that sub-jobs have taken
 	// +checklocks:mu
 	turn int64 // where the next write begins, WriteSequentially only
-	// +checklocks:mu
-	failed bool // there was an error
 }
 
 // split is the state of a job of several pieces. It is pooled.
@@ -65,7 +68,7 @@ func (r *Region) holds(length int64) bool {
 	return r.Offset >= 0 && r.Offset <= math.MaxInt64-length
 }
 
-// begin takes a job that was submitted, and counted as such, and returns its sub-jobs: in phaseStart, or one in
+// begin takes a job that was submitted, and returns its sub-jobs: in phaseStart, or one in
 // phaseEnd when the job has nothing to do but its callback. The job uses the buffers and the counters of sh.
 func (c *core) begin(j *Job, sh *shard) subJobs {
 	st := &j.state
@@ -119,7 +122,7 @@ func (c *core) climb(j *Job) subJobs {
 		return c.split(j, phasePlan)
 	}
 	st.whole.start(j)
-	st.whole.phase, st.whole.rest = phasePlan, j.Length
+	st.whole.phase, st.whole.rest, st.whole.avoid = phasePlan, j.Length, 0
 	return st.whole.alone()
 }
 
@@ -159,7 +162,7 @@ func (c *core) split(j *Job, first phase) subJobs {
 	for i := range st.split.subJobs[:count] {
 		s := &st.split.subJobs[i]
 		s.start(j)
-		s.phase = first
+		s.phase, s.avoid = first, 0
 		if j.From.Device == nil {
 			s.method = methodZero
 		}

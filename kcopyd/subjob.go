@@ -22,34 +22,38 @@ const (
 
 // A subJob copies pieces of a job, one at a time. It has one owner: the goroutine that runs it, the device that has
 // its request, the list it is in, or, while it is parked, the sub-job whose turn it is.
+//
+// The fields stand in the order of their use: what a small job touches fills the first lines, and what a large or an
+// offloaded one needs besides comes last.
 type subJob struct {
-	job    *Job
-	next   *subJob // of the list that holds it; the list's
-	phase  phase
-	parked bool // it waits for its turn; guarded by the job's state.mu
+	job  *Job
+	next *subJob // of the list that holds it; the list's
+	buf  *buffer
 
 	// The piece.
 	offset, length int64 // from the start of the job; length 0: it found none
-	unread         bool  // it could not be read
-	cut            bool  // it is not written because of an error before it
-	bad            int   // destinations that it could not be written to; guarded by the job's state.mu during I/O
-	avoid          int64 // up to where, from the start of the job, offload made no progress
 	rest           int64 // bytes behind the piece that are to be planned by this sub-job
-	method         method
-	weight         uint8  // how many pieces its time counts for; 0: it is not timed
-	noise          uint32 // decides which pieces are timed
-	admitted       bool   // by the throttle, which is to be told of its end
-	gentle         bool   // the foreground is busy: the piece is to be small
-	expects        int64  // bytes that the throttle was paid for
-	began          int64  // when it was begun, in ns of the engine's clock; valid if timed
 
-	buf     *buffer
-	lent    []byte // the piece, where the source lends it
+	phase    phase
+	method   method
+	weight   uint8 // how many pieces its time counts for; 0: it is not timed
+	bad      uint8 // destinations that it could not be written to; guarded by the job's state.mu during I/O
+	unread   bool  // it could not be read
+	cut      bool  // it is not written because of an error before it
+	admitted bool  // by the throttle, which is to be told of its end
+	gentle   bool  // the foreground is busy: the piece is to be small
+
 	barrier barrier
-	req     block.Request // the read, then the write to destination 0
-	fan     *fan          // the other writes; nil until there are some
-	wake    func()        // goOn; nil until s has waited for the throttle
-	passage *passage      // the way of the piece while it is being offloaded
+	req     block.Request // the read, then the write to destination 0; of a lent piece its bytes
+	noise   uint32        // decides which pieces are timed
+	parked  bool          // it waits for its turn; guarded by the job's state.mu
+
+	fan     *fan     // the other writes; nil until there are some
+	began   int64    // when it was begun, in ns of the engine's clock; valid if timed
+	avoid   int64    // up to where, from the start of the job, offload made no progress
+	expects int64    // bytes that the throttle was paid for
+	wake    func()   // goOn; nil until s has waited for the throttle
+	passage *passage // the way of the piece while it is being offloaded
 }
 
 // fan holds the requests for the destinations after the first. It is pooled.
@@ -59,15 +63,15 @@ type fan struct {
 
 // start makes s ready to work for j.
 func (s *subJob) start(j *Job) {
-	s.job, s.phase, s.parked = j, phaseStart, false
-	s.offset, s.length, s.rest, s.avoid = 0, 0, 0, 0
-	s.method, s.weight = methodReadWrite, 0
-	s.unread, s.cut, s.bad = false, false, 0
+	s.job = j
+	s.offset, s.length, s.rest = 0, 0, 0
+	s.phase, s.method, s.weight, s.bad = phaseStart, methodReadWrite, 0, 0
+	s.unread, s.cut = false, false
 }
 
 // stop lets go of all that s refers to.
 func (s *subJob) stop(c *core) {
-	s.job, s.req.Data, s.lent = nil, nil, nil
+	s.job, s.req.Data = nil, nil
 	if f := s.fan; f != nil {
 		s.fan = nil
 		for i := range f.reqs {
@@ -92,9 +96,11 @@ func (s *subJob) wantsBuffer() bool {
 	if j.From.Device == nil || j.state.lender != nil {
 		return false
 	}
-	if s.isWhole() || j.state.climbing || s.rest > 0 {
-		return true
-	}
+	return s.isWhole() || j.state.climbing || s.rest > 0 || j.more()
+}
+
+// more tells whether there is a piece to take.
+func (j *Job) more() bool {
 	st := &j.state
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -109,7 +115,7 @@ func (s *subJob) bufferClass() int {
 	return classOf(min(s.job.Length, s.job.state.step))
 }
 
-// moreLocked tells whether there is a piece to take.
+// moreLocked is more for a caller who holds the lock.
 //
 // +checklocks:j.state.mu
 func (j *Job) moreLocked() bool {
@@ -137,15 +143,21 @@ func (s *subJob) take() bool {
 	}
 	// In sequence no piece may be left for later: those behind it would hold the buffers, and their places in the
 	// throttle, that it needs for its turn.
-	if s.gentle && s.job.state.op == block.OpWrite && (s.isWhole() || !s.job.sequential()) {
+	if s.gentle && s.job.state.op == block.OpWrite && !s.ordered() {
 		s.shorten(gentlePiece)
 	}
-	if l := s.job.state.lender; l != nil {
-		if s.lent = l.Lend(s.job.From.Offset+s.offset, s.length); s.lent != nil {
-			s.shorten(int64(len(s.lent)))
-		}
+	if s.job.state.lender != nil {
+		s.borrow()
 	}
 	return true
+}
+
+// borrow has the source lend the piece of s, and shortens it to what is lent. Nothing: it cannot be read.
+func (s *subJob) borrow() {
+	j := s.job
+	if s.req.Data = j.state.lender.Lend(j.From.Offset+s.offset, s.length); s.req.Data != nil {
+		s.shorten(int64(len(s.req.Data)))
+	}
 }
 
 // takeNext takes the next piece of the job.
@@ -207,7 +219,7 @@ func (s *subJob) issue() bool {
 			return false
 		}
 	}
-	if !s.inTurn() {
+	if s.ordered() && !s.inTurn() {
 		return false
 	}
 	s.phase = phaseEnd
@@ -217,7 +229,7 @@ func (s *subJob) issue() bool {
 // read submits the read of the piece. It is true when it has completed and s is the caller's still.
 func (s *subJob) read() bool {
 	if s.job.state.lender != nil {
-		if s.lent == nil {
+		if s.req.Data == nil {
 			s.unread = true
 			s.job.failRead(fmt.Errorf("%d bytes at offset %d: beyond the end of the device: %w", s.length,
 				s.job.From.Offset+s.offset, syscall.EIO))
@@ -236,7 +248,7 @@ func (s *subJob) write() bool {
 	var data []byte
 	switch {
 	case st.lender != nil:
-		data = s.lent
+		data = s.req.Data
 	case j.From.Device != nil:
 		data = s.buf.bytes(s.length)
 	case st.op == block.OpWrite:
@@ -290,12 +302,13 @@ func (s *subJob) fail(r *block.Request, err error) {
 	s.job.failWrite(s, i, err)
 }
 
-// inTurn tells whether the piece may be written now. If not, s is parked and no longer the caller's.
+// ordered tells whether the pieces of s, which is one of several, are written in turn.
+func (s *subJob) ordered() bool { return s.job.sequential() && !s.isWhole() }
+
+// inTurn tells whether the piece of s, which is ordered, may be written now. If not, s is parked and no longer the
+// caller's.
 func (s *subJob) inTurn() bool {
 	j := s.job
-	if s.isWhole() || !j.sequential() {
-		return true
-	}
 	st := &j.state
 	st.mu.Lock()
 	defer st.mu.Unlock()
@@ -314,7 +327,7 @@ func (s *subJob) inTurn() bool {
 // that; it is the caller's then.
 func (s *subJob) passTurn() *subJob {
 	j := s.job
-	if s.length == 0 || s.isWhole() || !j.sequential() {
+	if s.length == 0 || !s.ordered() {
 		return nil
 	}
 	st := &j.state

@@ -167,14 +167,19 @@ func (l *Limit) burst() int64 {
 // now is the throttle's clock.
 func (t *Throttle) now() time.Duration { return time.Since(t.epoch) }
 
-// admits tells whether s may go on. If not it waits, is no longer the caller's, and will be resumed.
-func (t *Throttle) admits(s *subJob) bool {
-	class := s.job.Class % ClassCount
-	mask := uint32(1) << class
+// idle tells whether jobs of the class pass as if there were no throttle.
+func (t *Throttle) idle(class Class) bool {
+	mask := uint32(1) << (class % ClassCount)
 	if class != CopyOnWrite {
 		mask |= foregroundBit
 	}
-	if t.active.Load()&mask == 0 || s.job.state.core.closing.Load() {
+	return t.active.Load()&mask == 0
+}
+
+// admits tells whether s may go on. If not it waits, is no longer the caller's, and will be resumed.
+func (t *Throttle) admits(s *subJob) bool {
+	class := s.job.Class % ClassCount
+	if t.idle(class) || s.job.state.core.closing.Load() {
 		return true
 	}
 	expected := s.expected()
