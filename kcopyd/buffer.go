@@ -81,8 +81,9 @@ func (t *tally) add(u *tally) {
 // A shard is a queue's part of an engine: its free buffers and its counters. The counters that a job moves together
 // with a buffer lie under the same lock, which is cheaper than an atomic for each.
 type shard struct {
-	submitted atomic.Uint64 // jobs, but for those that entered; scaled only
-	finished  atomic.Uint64 // jobs whose Done has returned
+	submitted atomic.Uint64        // jobs, but for those that entered; scaled only
+	finished  atomic.Uint64        // jobs whose Done has returned
+	recent    atomic.Pointer[pair] // of the devices of the last job that might have been offloaded
 
 	mu sync.Mutex
 	// +checklocks:mu

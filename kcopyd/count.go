@@ -97,6 +97,10 @@ func (s *subJob) draw() uint8 {
 // +checklocks:sh.mu
 func (sh *shard) countLocked(s *subJob) {
 	j := s.job
+	if why := j.state.why; why != reasonNone {
+		j.state.why = reasonNone // here, because sub-jobs come in turn
+		sh.fallbacks[why]++
+	}
 	if s.isWhole() && (s.rest == 0 || !s.goesOn()) {
 		sh.counted.jobs++
 		if j.ReadErr != nil || j.WriteErr != nil {

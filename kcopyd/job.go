@@ -26,6 +26,7 @@ type jobState struct {
 	op     block.Op
 	// climbing: its pieces are planned one by one, since they may be offloaded.
 	climbing bool
+	why      reason       // it is not, although it might; reasonNone once that has been counted
 	live     atomic.Int32 // sub-jobs of split that have not left
 
 	whole subJob // does all the work of a job of one piece

@@ -89,6 +89,9 @@ func (c *core) climbs(j *Job) (bool, error) {
 		return true, nil
 	}
 	to := j.To[0].Device
+	if p := j.state.shard.recent.Load(); p != nil && p.between(j.From.Device, to) {
+		return c.worthwhile(j, p), nil
+	}
 	if _, ok := to.(block.Remapper); ok {
 		return true, nil
 	}
@@ -98,20 +101,21 @@ func (c *core) climbs(j *Job) (bool, error) {
 	if _, ok := j.From.Device.(block.Remapper); ok {
 		return true, nil
 	}
-	return c.worthwhile(j), nil
+	p := c.pairs.find(j.From.Device, to)
+	if p == nil {
+		return true, nil // the pair is not known yet
+	}
+	j.state.shard.recent.Store(p)
+	return c.worthwhile(j, p), nil
 }
 
-// worthwhile tells for two leaves whether there is a method that is worth a look.
-func (c *core) worthwhile(j *Job) bool {
-	p := c.pairs.find(j.From.Device, j.To[0].Device)
-	if p == nil {
-		return true // the pair is not known yet
+// worthwhile tells whether there is a method between the two leaves of the pair p that is worth a look.
+func (c *core) worthwhile(j *Job, p *pair) bool {
+	if p.usable(c.allowed(j)) {
+		return true
 	}
-	if !p.usable(c.allowed(j)) {
-		j.state.shard.fellBack(reasonNoMethod)
-		return false
-	}
-	return true
+	j.state.why = reasonNoMethod
+	return false
 }
 
 // allowed are the methods that the job may use, as bits.

@@ -563,3 +563,37 @@ func TestOffloadAllocations(t *testing.T) {
 		closeClean(t, e)
 	}
 }
+
+// TestForgetRecent: what a shard remembers of the last pair of devices is worth no more than what the engine does.
+func TestForgetRecent(t *testing.T) {
+	e := NewScaled(Config{})
+	from, to, other := newLeaf(t, "a", 1<<20), newLeaf(t, "b", 1<<20), newLeaf(t, "c", 1<<20, cloneOffer(4096))
+	copyTo := func(d block.Device) {
+		t.Helper()
+		j := &Job{From: Region{from, 0}, To: []Region{{d, 0}}, Length: 64 << 10}
+		if run(e, j); j.Err() != nil {
+			t.Fatal(j.Err())
+		}
+	}
+	for range 3 {
+		copyTo(to)
+	}
+	copyTo(other)
+	copyTo(to)
+	if s := e.Stats(); len(s.Fallbacks) != 1 || s.Fallbacks[0] != (FallbackStats{"no-method", 4}) {
+		t.Errorf("fallbacks %+v, want 4 for want of a method", s.Fallbacks)
+	}
+	to.offers = other.offers
+	e.Forget(to)
+	copyTo(to)
+	if to.asked.Load() != 2 || to.callCount() != 1 || other.callCount() != 1 {
+		t.Errorf("asked %d times, %d and %d calls", to.asked.Load(), to.callCount(), other.callCount())
+	}
+	e.Forget(from)
+	for i := range e.pool.shards.Len() {
+		if p := e.pool.shards.Index(i).recent.Load(); p != nil {
+			t.Errorf("shard %d remembers %v", i, p.target)
+		}
+	}
+	closeClean(t, e)
+}

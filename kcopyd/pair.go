@@ -30,7 +30,8 @@ const absentErrno = syscall.ENOTSUP
 // A pair is a source and a destination, both leaves, and the ways from one to the other.
 type pair struct {
 	source, target block.Device
-	routes         []*route // the best first; none: read and write
+	routes         []*route    // the best first; none: read and write
+	forgotten      atomic.Bool // it may still be some shard's recent one
 }
 
 // A route is one method of offload between two devices.
@@ -70,6 +71,12 @@ func (t *pairs) find(source, target block.Device) *pair {
 		return nil
 	}
 	return (*known)[pairKey{source, target}]
+}
+
+// between tells whether p is what a job from source to target is for. Most jobs are for the same pair as the one before,
+// and a small one would notice a look-up in the map.
+func (p *pair) between(source, target block.Device) bool {
+	return p.source == source && p.target == target && !p.forgotten.Load()
 }
 
 // get is find, but it asks the devices when the pair is not known.
@@ -138,6 +145,12 @@ func (t *pairs) forgetLocked(key pairKey) {
 	t.order = kept
 	if last {
 		delete(t.lanes, key.target)
+	}
+	if p := t.find(key.source, key.target); p != nil {
+		p.forgotten.Store(true)
+		for i := range t.core.pool.shards.Len() {
+			t.core.pool.shards.Index(i).recent.CompareAndSwap(p, nil) // it keeps the devices in memory
+		}
 	}
 	t.publishLocked(func(m map[pairKey]*pair) { delete(m, key) })
 }
