@@ -1,12 +1,10 @@
 package metrics
 
 import (
+	"maps"
 	"net/http"
+	"slices"
 	"time"
-
-	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
 // scrapesMax bounds the scrapes that run at the same time; one more is refused.
@@ -95,20 +93,6 @@ type ThrottleSample struct {
 	Waits   uint64
 }
 
-// metric is one that the exporter knows.
-type metric struct {
-	name, help string
-	kind       prometheus.ValueType
-	labels     []string
-}
-
-const (
-	counter = prometheus.CounterValue
-	gauge   = prometheus.GaugeValue
-	// histogram is no value type of Prometheus, which has another function for it.
-	histogram = prometheus.UntypedValue
-)
-
 // known are all metrics of cowherd's own; docs/metrics.md lists them for people, and a test compares.
 var known = []metric{
 	{"cowherd_build_info", "1, with the program's version and the kind of copy engine.", gauge, []string{"version", "engine"}},
@@ -173,41 +157,30 @@ var known = []metric{
 	{"cowherd_throttle_yields_total", "Pieces in the background that had to wait because clients were busy.", counter, nil},
 }
 
-// exporter is a Collector that asks for a Sample at each scrape. It never changes once it is made.
-type exporter struct {
-	source func() *Sample
-	descs  map[string]*prometheus.Desc
-	kinds  map[string]prometheus.ValueType
-}
-
-// NewHandler answers scrapes in Prometheus's formats. source is called for each, by several goroutines at once possibly,
-// and gives up its Sample. What Go's runtime and the process tell is added.
+// NewHandler answers scrapes in Prometheus's text format. source is called for each, by several goroutines at once
+// possibly, and gives up its Sample. What Go's runtime and the process tell is added.
 func NewHandler(source func() *Sample) http.Handler {
-	e := &exporter{
-		source: source, descs: make(map[string]*prometheus.Desc), kinds: make(map[string]prometheus.ValueType),
-	}
-	for _, m := range known {
-		e.descs[m.name] = prometheus.NewDesc(m.name, m.help, m.labels, nil)
-		e.kinds[m.name] = m.kind
-	}
-	r := prometheus.NewRegistry()
-	r.MustRegister(e, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	return promhttp.HandlerFor(r, promhttp.HandlerOpts{MaxRequestsInFlight: scrapesMax, EnableOpenMetrics: true})
+	slots := make(chan struct{}, scrapesMax)
+	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		select {
+		case slots <- struct{}{}:
+			defer func() { <-slots }()
+		default:
+			http.Error(w, "too many scrapes at the same time", http.StatusServiceUnavailable)
+			return
+		}
+		p := newPage(known, ofRuntime, ofProcess)
+		collect(p, source())
+		collectRuntime(p)
+		collectProcess(p)
+		w.Header().Set("Content-Type", textType)
+		p.writeTo(w)
+	})
 }
 
-// Describe lists all metrics.
-func (e *exporter) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range e.descs {
-		ch <- d
-	}
-}
-
-// Collect asks for a sample and sends it.
-func (e *exporter) Collect(ch chan<- prometheus.Metric) {
-	s := e.source()
-	put := func(name string, value float64, labels ...string) {
-		ch <- prometheus.MustNewConstMetric(e.descs[name], e.kinds[name], value, labels...)
-	}
+// collect puts all that a sample says on a page.
+func collect(p *page, s *Sample) {
+	put := p.put
 	put("cowherd_build_info", 1, s.Version, s.Engine)
 	put("cowherd_events_total", float64(s.Events))
 	for i := range s.Devices {
@@ -227,7 +200,7 @@ func (e *exporter) Collect(ch chan<- prometheus.Metric) {
 	}
 	for i := range s.Engines {
 		putEngine(put, &s.Engines[i])
-		e.putDurations(ch, &s.Engines[i])
+		putDurations(p, &s.Engines[i])
 	}
 	for _, t := range s.Throttles {
 		put("cowherd_throttle_rate_bytes_per_second", float64(t.Rate), t.Class)
@@ -244,7 +217,8 @@ func putDevice(put func(string, float64, ...string), d *DeviceSample) {
 	put("cowherd_export_connections", float64(d.Open), d.Name)
 	put("cowherd_export_connections_total", float64(d.Connections), d.Name)
 	put("cowherd_export_in_flight_requests", float64(d.InFlight), d.Name)
-	for command, n := range d.Commands {
+	for _, command := range slices.Sorted(maps.Keys(d.Commands)) {
+		n := d.Commands[command]
 		put("cowherd_export_requests_total", float64(n.Requests), d.Name, command)
 		put("cowherd_export_bytes_total", float64(n.Bytes), d.Name, command)
 		put("cowherd_export_errors_total", float64(n.Errors), d.Name, command)
@@ -303,32 +277,32 @@ func putEngine(put func(string, float64, ...string), x *EngineSample) {
 		put("cowherd_copy_bytes_total", float64(m.Bytes), x.Device, m.Class, m.Method)
 		put("cowherd_copy_errors_total", float64(m.Errors), x.Device, m.Class, m.Method)
 	}
-	for reason, n := range x.Fallbacks {
-		put("cowherd_copy_fallbacks_total", float64(n), x.Device, reason)
+	for _, reason := range slices.Sorted(maps.Keys(x.Fallbacks)) {
+		put("cowherd_copy_fallbacks_total", float64(x.Fallbacks[reason]), x.Device, reason)
 	}
 }
 
-// putDurations sends the histograms of an engine.
-func (e *exporter) putDurations(ch chan<- prometheus.Metric, x *EngineSample) {
+// putDurations puts the histograms of an engine on a page.
+func putDurations(p *page, x *EngineSample) {
 	for _, m := range x.Methods {
 		if m.Latency != nil {
-			ch <- prometheus.MustNewConstHistogram(e.descs["cowherd_copy_duration_seconds"], m.Latency.Count,
-				m.Latency.Sum.Seconds(), bounds(m.Latency), x.Device, m.Class, m.Method)
+			p.putHistogram("cowherd_copy_duration_seconds", bounds(m.Latency), m.Latency.Count, m.Latency.Sum.Seconds(),
+				x.Device, m.Class, m.Method)
 		}
 	}
 }
 
 // bounds are the buckets that Prometheus gets: how many took at most 1 us, 4 us and so on up to 17 s, in powers of two
 // of nanoseconds, so that each is the end of a bucket of ours.
-func bounds(s *Snapshot) map[float64]uint64 {
-	cumulated := make(map[float64]uint64)
+func bounds(s *Snapshot) []bound {
+	var list []bound
 	sum, next := uint64(0), time.Duration(1<<10)
 	for i, n := range s.Buckets {
 		sum += n
 		if BucketEnd(i) == next {
-			cumulated[next.Seconds()] = sum
+			list = append(list, bound{next.Seconds(), sum})
 			next <<= 2
 		}
 	}
-	return cumulated
+	return list
 }
