@@ -28,9 +28,14 @@ const (
 	exitUsage = 2 // the command line is wrong
 )
 
-// cli is the grammar of the command line: flags that all commands have, and the commands.
-type cli struct {
+// common are the flags that all commands have.
+type common struct {
 	Control string `env:"COWHERD_CONTROL" placeholder:"SOCKET" complete:"file" help:"The daemon's control socket; by default control.sock in /run/cowherd (root) or in the directory cowherd of XDG_RUNTIME_DIR."`
+}
+
+// cli is the grammar of the command line.
+type cli struct {
+	common
 
 	Serve         serveCmd         `cmd:"" help:"Run the daemon."`
 	Attach        attachCmd        `cmd:"" help:"Make a disk image or block device a live device."`
@@ -93,10 +98,8 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		kong.Exit(func(code int) { panic(exited(code)) }),
 		kong.ConfigureHelp(kong.HelpOptions{Compact: true, WrapUpperBound: 120}),
 	}
-	if others := otherCommands(args); others != "" {
-		options = append(options, kong.IgnoreFields(others))
-	}
-	parser, err := kong.New(grammar, options...)
+	root, one := grammar.grammarFor(args)
+	parser, err := kong.New(root, append(options, one...)...)
 	if err != nil {
 		fmt.Fprintf(stderr, "cowherd: %v\n", err)
 		return exitError
@@ -125,29 +128,21 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	return exitOK
 }
 
-// otherCommands is a regular expression for the fields of cli, as kong names them, that a command line which begins with
-// the name of a command has no use for; "": all are wanted. To build the grammar of all commands takes ten times as long
-// as that of one (10 ms), which is longer than a clone of an image takes.
-func otherCommands(args []string) string {
+// grammarFor is what a command line is parsed by: all of c, or, where the line begins with the name of a command, no more
+// than that command, with the flags that all have. To build the grammar of all commands takes ten times as long as that of
+// one (10 ms), which is longer than a clone of an image takes. What is parsed is in c, either way.
+func (c *cli) grammarFor(args []string) (root any, options []kong.Option) {
 	if len(args) == 0 || args[0] == "completion" { // which prints all
-		return ""
+		return c, nil
 	}
-	var others []string
-	found := false
-	for field := range reflect.TypeFor[cli]().Fields() {
-		if _, command := field.Tag.Lookup("cmd"); !command {
-			continue
-		}
-		if commandName(field.Name) == args[0] {
-			found = true
-		} else {
-			others = append(others, field.Name)
+	for i := range reflect.TypeFor[cli]().NumField() {
+		field := reflect.TypeFor[cli]().Field(i)
+		if _, command := field.Tag.Lookup("cmd"); command && commandName(field.Name) == args[0] {
+			target := reflect.ValueOf(c).Elem().Field(i).Addr().Interface()
+			return &c.common, []kong.Option{kong.DynamicCommand(args[0], field.Tag.Get("help"), "", target)}
 		}
 	}
-	if !found {
-		return ""
-	}
-	return `^cli\.(` + strings.Join(others, "|") + ")$"
+	return c, nil
 }
 
 // commandName is what kong calls the command of a field of cli: CloneMetadata is clone-metadata.
