@@ -27,7 +27,13 @@ type descriptor struct {
 	state  uint32
 }
 
-// blockStatus asks for the extents from q.offset on. One query runs on a connection at a time; others wait.
+// assumeData answers q in place of a server that does not know block status.
+func (q *query) assumeData() {
+	q.extents, q.told = append(q.extents[:0], descriptor{length: q.length}), true
+}
+
+// blockStatus asks for the extents from q.offset on. One query runs on a connection at a time; others wait. A server that
+// came back without block status is not asked.
 func (c *conn) blockStatus(q *query) error {
 	c.status <- struct{}{}
 	defer func() { <-c.status }()
@@ -36,6 +42,11 @@ func (c *conn) blockStatus(q *query) error {
 	if err := c.cause; err != nil {
 		c.mu.Unlock()
 		return err
+	}
+	if !c.export.allocation {
+		c.mu.Unlock()
+		q.assumeData()
+		return nil
 	}
 	c.inflight++
 	s := &c.slots[statusSlot]

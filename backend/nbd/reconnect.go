@@ -197,7 +197,8 @@ func pause(ctx context.Context, attempt int, most time.Duration) bool {
 }
 
 // replaces tells whether e can take the place of was in a device of some connections: nil, or what is in the way. What
-// has become better does not matter, but for a flush that has become necessary: nobody would make one.
+// has become better does not matter, but for a flush that has become necessary: nobody would make one. Nor does it matter
+// that block status has gone: all is data then.
 func (e *export) replaces(was *export, connections int) error {
 	lacks := was.flags &^ e.flags
 	var why string
@@ -258,13 +259,13 @@ func (c *conn) begin() {
 
 // outgoing is what leaves a connection that was lost.
 type outgoing struct {
-	tired   []outcome  // have been through too many losses
+	done    []outcome  // have been through too many losses, or need no answer any more
 	flushes block.List // belong to the oldest connection
 }
 
 // send sees to all that leaves c, which is lost. A flush comes back if no connection is there.
 func (o *outgoing) send(c *conn) {
-	for _, done := range o.tired {
+	for _, done := range o.done {
 		done.deliver()
 	}
 	for r := o.flushes.PopFront(); r != nil; r = o.flushes.PopFront() {
@@ -295,7 +296,7 @@ func (c *conn) requeueLocked() (out outgoing) {
 		if s.state != slotQueued {
 			s.losses++
 		}
-		if s.losses == lossesMax || s.request != nil && s.request.Op == block.OpFlush {
+		if s.losses == lossesMax || s.request != nil && s.request.Op == block.OpFlush || s.query != nil && !c.export.allocation {
 			leaving = append(leaving, s)
 			continue
 		}
@@ -303,11 +304,15 @@ func (c *conn) requeueLocked() (out outgoing) {
 		c.enqueueLocked(s)
 	}
 	for _, s := range leaving { // after the others, as the next request gets the slot
-		if s.losses < lossesMax {
-			out.flushes.PushBack(s.request)
-		} else {
+		switch {
+		case s.losses == lossesMax:
 			err := broken(fmt.Errorf("%d times while this request waited for its answer", lossesMax))
-			out.tired = append(out.tired, outcome{s.request, s.query, err})
+			out.done = append(out.done, outcome{s.request, s.query, err})
+		case s.query != nil:
+			s.query.assumeData()
+			out.done = append(out.done, outcome{query: s.query})
+		default:
+			out.flushes.PushBack(s.request)
 		}
 		c.releaseLocked(s)
 	}

@@ -629,7 +629,7 @@ func TestCloseWhileAway(t *testing.T) {
 
 // TestAnotherExport has the server come back with something else.
 func TestAnotherExport(t *testing.T) {
-	was := export{size: 1 << 20, flags: fakeFlags, logicalBlock: 512}
+	was := export{size: 1 << 20, flags: fakeFlags, logicalBlock: 512, allocation: true}
 	tests := []struct {
 		name        string
 		change      func(e *export)
@@ -640,6 +640,7 @@ func TestAnotherExport(t *testing.T) {
 		{"another context", func(e *export) { e.context, e.structured = 9, true }, 2, ""},
 		{"smaller blocks", func(e *export) { e.logicalBlock, e.partMax = 1, 4096 }, 2, ""},
 		{"no FUA", func(e *export) { e.flags &^= flagFUA }, 2, ""},
+		{"no block status", func(e *export) { e.allocation = false }, 2, ""},
 		{"one connection is enough", func(e *export) { e.flags &^= flagMultiConn }, 1, ""},
 		{"size", func(e *export) { e.size += 512 }, 2, "it had 1048576 bytes, and has 1049088 now"},
 		{"read-only", func(e *export) { e.flags |= flagReadOnly }, 2, "read-only"},
@@ -670,5 +671,53 @@ func TestAnotherExport(t *testing.T) {
 	wantErrno(t, err, syscall.EIO)
 	if !strings.Contains(err.Error(), "came back with another export: it had 4096 bytes, and has 8192 now") {
 		t.Error(err)
+	}
+}
+
+// TestStatusLost has the server come back without block status, when a query is in flight and when none is: all is data
+// then, and the device lives on.
+func TestStatusLost(t *testing.T) {
+	for _, simple := range []bool{false, true} { // it may have lost structured replies with it
+		for _, inFlight := range []bool{false, true} {
+			t.Run(fmt.Sprintf("simple=%v,inFlight=%v", simple, inFlight), func(t *testing.T) {
+				const size = 64 << 10
+				first, ask := true, make(chan struct{})
+				f := &fake{size: size, flags: fakeFlags}
+				serve := memory(make([]byte, size))
+				f.serve = func(s *session) {
+					again := false
+					f.change(func() { first, again = false, !first })
+					if again {
+						serve(s)
+						return
+					}
+					if inFlight {
+						if r := s.next(); r.command != cmdBlockStatus {
+							t.Errorf("command %d instead of block status", r.command)
+						}
+					}
+					f.change(func() { f.noContext, f.simple = true, simple })
+					_ = s.net.Close()
+					close(ask)
+				}
+				d := f.start(t).open(t, patient)
+				if !inFlight {
+					<-ask
+					if err := block.Read(d, make([]byte, 512), 0); err != nil { // over the next connection
+						t.Fatal(err)
+					}
+				}
+				for range 2 {
+					var got []block.Extent
+					err := d.Extents(512, size-1024, func(e block.Extent) bool { got = append(got, e); return true })
+					if want := (block.Extent{Offset: 512, Length: size - 1024}); err != nil || len(got) != 1 || got[0] != want {
+						t.Errorf("extents %+v, %v, want %+v", got, err, want)
+					}
+				}
+				if err := block.Flush(d); err != nil {
+					t.Error(err)
+				}
+			})
+		}
 	}
 }
