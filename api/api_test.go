@@ -129,12 +129,16 @@ func TestClientPaths(t *testing.T) {
 	_, err5 := c.TakeSnapshot(ctx, SnapshotRequest{Name: "vm@a"})
 	err := errors.Join(err1, err2, err3, err4, err5, c.Detach(ctx, "vm"), c.RemoveSnapshot(ctx, "vm@a", false),
 		c.RemoveSnapshot(ctx, "vm@a", true))
+	if _, err6 := c.DetachSource(ctx, "web"); err == nil {
+		err = err6
+	}
 	if err != nil || made.Name != "vm" {
 		t.Errorf("%+v, %v", made, err)
 	}
 	want := []string{
 		"GET /v1/version ", "GET /v1/devices ", "GET /v1/devices/a/b@c d ", "POST /v1/devices ", "POST /v1/snapshots ",
 		"DELETE /v1/devices/vm ", "DELETE /v1/snapshots/vm@a ", "DELETE /v1/snapshots/vm@a force=true",
+		"DELETE /v1/devices/web/source ",
 	}
 	if strings.Join(asked, "\n") != strings.Join(want, "\n") {
 		t.Errorf("asked for %q, want %q", asked, want)

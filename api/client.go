@@ -115,6 +115,11 @@ func (c *Client) Hydrate(ctx context.Context, name string, r HydrationRequest) (
 	return call[Device](ctx, c, http.MethodPut, "/devices/"+url.PathEscape(name)+"/hydration", r)
 }
 
+// DetachSource lets go of the source of a clone that is hydrated. EBUSY: it is not.
+func (c *Client) DetachSource(ctx context.Context, name string) (Device, error) {
+	return call[Device](ctx, c, http.MethodDelete, "/devices/"+url.PathEscape(name)+"/source", nil)
+}
+
 // EventsQuery selects events.
 type EventsQuery struct {
 	// Since is the number of an event: those after it are wanted. nil: those from now on, or with Follow false all

@@ -219,6 +219,7 @@ const (
 type Clone struct {
 	Source        string `json:"source"`
 	SourceInUse   bool   `json:"source_in_use"` // not everything is hydrated and committed yet
+	Detached      bool   `json:"detached"`      // that is so, and the source is closed
 	Metadata      string `json:"metadata"`
 	RegionBytes   int64  `json:"region_bytes"`
 	Regions       uint64 `json:"regions"`
@@ -375,6 +376,7 @@ const (
 	EventMergeFinished      = "merge-finished"
 	EventMergeFailed        = "merge-failed"
 	EventCloneHydrated      = "clone-hydrated"    // everything is, and the source is no longer used
+	EventSourceDetached     = "source-detached"   // of a clone: it is closed; Event.Cause: not in good order
 	EventCloneMode          = "clone-mode"        // it became read-only, or failed
 	EventHydrationFailed    = "hydration-failed"  // a region could not be copied and was given up
 	EventHydrationStopped   = "hydration-stopped" // with regions that were given up, or because too many were

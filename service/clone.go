@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -60,6 +61,10 @@ type cloned struct {
 	store   *backing // that meta is on
 	made    []string // files that were made for it
 
+	hydrated chan struct{} // closed when everything is hydrated and committed, unless it was when the clone was opened
+	letGo    func() error  // see newCloned
+	detached atomic.Bool   // the source is closed, or was not opened, because it is no longer needed
+
 	mu sync.Mutex
 	// nil: it is no longer used.
 	source *source // +checklocks:mu
@@ -68,7 +73,11 @@ type cloned struct {
 // source is what is cloned, while it is used.
 type source struct {
 	block.Device
-	close func() error
+	close func() error // may be called again, and waits for the first call then
+}
+
+func newSource(d block.Device, close func() error) *source {
+	return &source{Device: d, close: sync.OnceValue(close)}
 }
 
 // Submit maps r. See block.Device.
@@ -98,7 +107,7 @@ func (d *Daemon) openClone(name string, r *api.AttachRequest, known bool) (_ *cl
 	if err := checkClone(r); err != nil {
 		return nil, err
 	}
-	x := &cloned{request: r.Clone, engine: d.newEngine()}
+	x := d.newCloned(name, r)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, x.release())
@@ -130,6 +139,20 @@ func (d *Daemon) openClone(name string, r *api.AttachRequest, known bool) (_ *cl
 		return nil, err
 	}
 	return x, d.startClone(name, r, x, zero)
+}
+
+// newCloned makes a clone that nothing of is open.
+func (d *Daemon) newCloned(name string, r *api.AttachRequest) *cloned {
+	x := &cloned{request: r.Clone, engine: d.newEngine(), hydrated: make(chan struct{})}
+	// letGo closes the source, which is no longer needed, and tells. It may be called again; all calls wait for the first,
+	// and return what it does.
+	x.letGo = sync.OnceValue(func() error {
+		err := x.closeSource()
+		x.detached.Store(true)
+		d.bus.publish(api.Event{Type: api.EventSourceDetached, Name: name, Cause: causeOf(err)})
+		return err
+	})
+	return x
 }
 
 // checkClone tells what is wrong with a request.
@@ -182,6 +205,7 @@ func (d *Daemon) reopenClone(name string, r *api.AttachRequest, x *cloned) error
 	}
 	all, err := clone.IsHydrated(x.meta)
 	if err != nil || all {
+		x.detached.Store(all)
 		return err
 	}
 	return d.openSource(name, x)
@@ -322,11 +346,8 @@ func (d *Daemon) cloneEvent(name string, x *cloned, e clone.Event) {
 	}
 	d.bus.publish(api.Event{Type: types[e.Kind], Name: name, Cause: causeOf(e.Err)})
 	if e.Kind == clone.EventHydrated {
-		d.tasks.Go(func() {
-			if err := x.closeSource(); err != nil {
-				d.log.Warn("the source of a clone could not be closed", "name", name, "error", err)
-			}
-		})
+		close(x.hydrated)
+		d.tasks.Go(func() { _ = x.letGo() }) // the event tells
 	}
 }
 
@@ -339,14 +360,15 @@ func (x *cloned) currentSource() *source {
 
 // closeSource lets go of the source, if that has not been done.
 func (x *cloned) closeSource() error {
-	x.mu.Lock()
-	src := x.source
-	x.source = nil
-	x.mu.Unlock()
+	src := x.currentSource()
 	if src == nil {
 		return nil
 	}
-	return src.close()
+	err := src.close()
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.source = nil
+	return err
 }
 
 // Close ends a clone that nobody uses any more.
@@ -389,7 +411,7 @@ func (d *Daemon) openSource(name string, x *cloned) error {
 	} else {
 		var b *backing
 		if b, err = d.openShared(text); err == nil {
-			src = &source{Device: b.leaf, close: b.close}
+			src = newSource(b.leaf, b.close)
 		}
 	}
 	if err != nil {
@@ -414,7 +436,7 @@ func openRemote(ctx context.Context, uri string) (*source, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &source{Device: opened, close: opened.Close}, nil
+	return newSource(opened, opened.Close), nil
 }
 
 // borrow makes a clone the user of a device or snapshot of this daemon, which cannot be removed as long.
@@ -440,8 +462,11 @@ func (d *Daemon) borrow(name, device string) (*source, error) {
 		e.release(u)
 		return nil, api.Errorf(syscall.EBUSY, "%s is written: take a snapshot of it, and clone that", device)
 	}
-	return &source{Device: e.device, close: func() error { e.release(u); return nil }}, nil
+	return newSource(e.device, func() error { e.release(u); return nil }), nil
 }
+
+// errNoClone is what operations on clones get for other devices.
+var errNoClone = api.Errorf(syscall.EINVAL, "it is not a clone")
 
 // Hydrate changes how a clone is hydrated.
 func (d *Daemon) Hydrate(ctx context.Context, name string, r api.HydrationRequest) (api.Device, error) {
@@ -456,11 +481,69 @@ func (d *Daemon) Hydrate(ctx context.Context, name string, r api.HydrationReques
 	return d.describeOrigin(o), nil
 }
 
+// DetachSource lets go of the source of a clone when everything is hydrated and committed, which is seen to, and returns
+// when the source is closed. Again it does nothing. EBUSY: there is something left to hydrate.
+func (d *Daemon) DetachSource(ctx context.Context, name string) (api.Device, error) {
+	o, err := d.lockOrigin(ctx, name)
+	if err == nil {
+		defer o.unlock()
+		err = d.detachSource(ctx, o)
+	}
+	if err != nil {
+		return api.Device{}, fmt.Errorf("detach the source of %q: %w", name, err)
+	}
+	return d.describeOrigin(o), nil
+}
+
+// detachSource does it for an origin whose operations are the caller's.
+func (d *Daemon) detachSource(ctx context.Context, o *origin) error {
+	x := o.cloned
+	if x == nil {
+		return errNoClone
+	}
+	if x.detached.Load() {
+		return nil
+	}
+	if st := x.Status(); st.SourceInUse {
+		if err := notHydrated(&st); err != nil {
+			return err
+		}
+		if err := x.Commit(); err != nil {
+			return err
+		}
+	}
+	ctx, cancel := context.WithTimeout(ctx, d.config.SuspendTimeout)
+	defer cancel()
+	select {
+	case <-x.hydrated:
+		return x.letGo()
+	case <-ctx.Done():
+		return fmt.Errorf("reads of the source do not end: %w", ctx.Err())
+	}
+}
+
+// notHydrated tells what a clone needs its source for, if it does.
+func notHydrated(st *clone.Status) error {
+	left := st.Regions - st.Hydrated
+	switch {
+	case st.Mode != clone.ReadWrite:
+		return api.Errorf(syscall.EIO, "nothing is hydrated any more, as it is in mode %v: %v", st.Mode, st.Cause)
+	case left > 0 && st.Failed > 0:
+		return api.Errorf(syscall.EBUSY, "%d of %d regions are not hydrated; %d of them could not be copied, one because of: %v",
+			left, st.Regions, st.Failed, st.FirstError)
+	case left > 0 && !st.Enabled:
+		return api.Errorf(syscall.EBUSY, "%d of %d regions are not hydrated, and hydration is stopped", left, st.Regions)
+	case left > 0:
+		return api.Errorf(syscall.EBUSY, "%d of %d regions are not hydrated yet", left, st.Regions)
+	}
+	return nil
+}
+
 // hydrate does it for an origin whose operations are the caller's. What changes is remembered before it does.
 func (d *Daemon) hydrate(o *origin, r *api.HydrationRequest) error {
 	x := o.cloned
 	if x == nil {
-		return api.Errorf(syscall.EINVAL, "it is not a clone")
+		return errNoClone
 	}
 	err := d.saved.change(func(c *content) {
 		saved := c.device(o.name)
@@ -509,7 +592,7 @@ func (d *Daemon) describeClone(o *origin, to *api.Device) {
 		order = api.OrderSequential
 	}
 	to.Clone = &api.Clone{
-		Source: x.request.Source, SourceInUse: st.SourceInUse, Metadata: x.request.Metadata,
+		Source: x.request.Source, SourceInUse: st.SourceInUse, Detached: x.detached.Load(), Metadata: x.request.Metadata,
 		RegionBytes: st.RegionSize.Bytes(), Regions: st.Regions, Hydrated: st.Hydrated, Hydrating: st.Hydrating,
 		Running: st.Enabled, Threshold: st.Threshold, Batch: st.Batch, PromoteOnRead: !x.request.NoPromoteOnRead, Order: order,
 		Passdown: st.Passdown, Mode: st.Mode.String(), Cause: causeOf(st.Cause), FailedRegions: st.Failed,

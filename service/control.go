@@ -85,6 +85,9 @@ func (c *control) handler(streaming context.Context) http.Handler {
 		}
 		return d.Hydrate(r.Context(), r.PathValue("name"), body)
 	})
+	handle("DELETE "+api.Prefix+"/devices/{name}/source", func(_ http.ResponseWriter, r *http.Request) (any, error) {
+		return d.DetachSource(r.Context(), r.PathValue("name"))
+	})
 	handle("POST "+api.Prefix+"/snapshots", func(w http.ResponseWriter, r *http.Request) (any, error) {
 		var body api.SnapshotRequest
 		if err := api.ReadJSON(w, r, &body); err != nil {

@@ -99,6 +99,7 @@ func TestControlRefuses(t *testing.T) {
 		{"PUT", "/v1/snapshots/vm@a/merge", "application/json", `{"running":true}`, 404, "ENOENT", "vm"},
 		{"POST", "/v1/snapshots", "application/json", `{"name":"vm@a","warn_at":[200]}`, 400, "EINVAL", "200%"},
 		{"DELETE", "/v1/snapshots/vm@a?force=perhaps", "", "", 400, "EINVAL", "force"},
+		{"DELETE", "/v1/devices/vm/source", "", "", 404, "ENOENT", "vm"},
 		{"DELETE", "/v1/devices/vm", "", "", 404, "ENOENT", "vm"},
 		{"GET", "/v1/devices/..%2f..", "", "", 404, "ENOENT", ""},
 		{"PUT", "/v1/devices", "", "", 404, "ENOENT", "PUT /v1/devices"},

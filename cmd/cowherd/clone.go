@@ -18,8 +18,8 @@ import (
 type cloneCmd struct {
 	outputFlags
 	Name        string    `arg:"" help:"Name of the clone, and of its export."`
-	Destination string    `arg:"" complete:"file" help:"Where the clone ends up: an image file, which is made if there is none, or a block device."`
-	From        string    `required:"" placeholder:"SRC" complete:"any" help:"What is cloned, and must not change: an image file, a block device, an NBD URI, or the name of a snapshot or of a device that is attached read-only."`
+	Destination string    `arg:"" optional:"" complete:"file" help:"Where the clone ends up: an image file, which is made if there is none, or a block device."`
+	From        string    `placeholder:"SRC" complete:"any" help:"What is cloned, and must not change: an image file, a block device, an NBD URI, or the name of a snapshot or of a device that is attached read-only."`
 	RegionSize  size.Size `placeholder:"SIZE" help:"Unit of copying, a power of two from 4k to 1G (64k). A clone that is gone on with has its own."`
 	Metadata    string    `placeholder:"FILE" complete:"file" help:"Where it is noted what has been copied: a file or block device (DST.clone-metadata). A clone that is noted there is gone on with."`
 	Overwrite   bool      `help:"Let the clone take the place of whatever the destination holds."`
@@ -32,6 +32,9 @@ type cloneCmd struct {
 	PromoteOnRead     string `enum:"on,off" default:"on" placeholder:"on|off" help:"Copy regions that were read before others (${default})."`
 	DestinationIsZero bool   `help:"The destination reads as zeroes: holes of the source need not be written. A file that is made is zero anyway."`
 	Order             string `enum:"sequential,hottest" default:"sequential" placeholder:"ORDER" help:"sequential: from the first region to the last; hottest: what lies near what is read goes first (${default})."`
+
+	DetachSource bool `help:"Let go of the source of a clone that is hydrated: commit, close the source, say so. NAME alone is given."`
+	Wait         bool `help:"With --detach-source: hydrate the rest first."`
 }
 
 func (cloneCmd) Help() string {
@@ -41,10 +44,17 @@ func (cloneCmd) Help() string {
     cowherd clone web --from "nbd://images.example/golden" web.img --order hottest
     cowherd clone test --from vm@nightly test.img --no-hydration
     cowherd hydrate web --wait
+    cowherd clone --detach-source web --wait
 `
 }
 
 func (c *cloneCmd) Run(s *session) error {
+	if c.DetachSource {
+		return c.detachSource(s)
+	}
+	if err := c.complete(); err != nil {
+		return err
+	}
 	r := api.AttachRequest{Name: c.Name, Direct: c.Direct, Clone: api.CloneRequest{
 		RegionBytes: int64(c.RegionSize), Overwrite: c.Overwrite, DestinationIsZero: c.DestinationIsZero,
 		NoHydration: c.NoHydration, NoDiscardPassdown: c.NoDiscardPassdown, NoPromoteOnRead: c.PromoteOnRead == "off",

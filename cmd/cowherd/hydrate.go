@@ -36,10 +36,23 @@ func (c *hydrateCmd) Run(s *session) error {
 		return err
 	}
 	defer client.Close()
+	d, err := c.apply(s, client)
+	if err != nil {
+		return err
+	}
+	if c.JSON {
+		return printJSON(s.stdout, d)
+	}
+	_, err = fmt.Fprintf(s.stdout, "%s: %s, %s\n", d.Name, hydrated(d.Clone), hydrationState(d.Clone))
+	return err
+}
+
+// apply does what the flags say, and gives the clone as it is then.
+func (c *hydrateCmd) apply(s *session, client *api.Client) (api.Device, error) {
 	// What happens from here on must not be missed.
 	from, err := client.Version(s)
 	if err != nil {
-		return err
+		return api.Device{}, err
 	}
 	r := api.HydrationRequest{Threshold: c.Threshold, Batch: c.Batch, Retry: c.Retry}
 	if c.Start || c.Stop {
@@ -49,14 +62,7 @@ func (c *hydrateCmd) Run(s *session) error {
 	if err == nil && c.Wait {
 		d, err = c.wait(s, client, d, from.LastEvent)
 	}
-	if err != nil {
-		return err
-	}
-	if c.JSON {
-		return printJSON(s.stdout, d)
-	}
-	_, err = fmt.Fprintf(s.stdout, "%s: %s, %s\n", d.Name, hydrated(d.Clone), hydrationState(d.Clone))
-	return err
+	return d, err
 }
 
 // wait waits for an event after which there is nothing to wait for.

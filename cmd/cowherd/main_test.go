@@ -119,6 +119,11 @@ func TestUsage(t *testing.T) {
 		{"clone web web.img", "--from"},
 		{"clone web --from x", "<destination>"},
 		{"clone web --from x y --order random", "--order"},
+		{"clone web --from x y --wait", "--wait is for --detach-source"},
+		{"clone --detach-source", "<name>"},
+		{"clone --detach-source web web.img", "nothing else"},
+		{"clone --detach-source web --from x", "nothing else"},
+		{"clone --detach-source web --region-size 4k", "nothing else"},
 		{"clone web --from x y --promote-on-read=perhaps", "--promote-on-read"},
 		{"hydrate web --start --stop", "--stop"},
 		{"hydrate web --threshold=-1", "--threshold"},
@@ -197,6 +202,7 @@ func TestNoDaemon(t *testing.T) {
 	for _, args := range []string{
 		"ls", "status", "status vm", "attach vm mem:1M", "detach vm", "snapshot vm@a", "rm vm@a", "events", "ls --json",
 		"clone web --from /x web.img", "clone web --from x web.img", "hydrate web", "hydrate web --wait",
+		"clone --detach-source web", "clone --detach-source web --wait",
 		"resize vm@a 1M", "merge vm@a", "merge vm@a --wait", "status --dm",
 		"throttle", "throttle --class cow --rate 1M", "throttle --off",
 	} {
@@ -285,6 +291,8 @@ func TestClone(t *testing.T) {
 	}
 	cowherd(t, "hydrate", "web").want(t, exitOK, "web: 0 of 64 regions hydrated (0.0%), stopped\n", "")
 	cowherd(t, "hydrate", "web", "--wait").want(t, exitError, "", "hydration of web is stopped")
+	cowherd(t, "clone", "--detach-source", "web").want(t, exitError, "",
+		"64 of 64 regions are not hydrated, and hydration is stopped (--wait hydrates the rest first)")
 	cowherd(t, "snapshot", "web@a", "--persistent", "--read-only").want(t, exitOK, "web@a: taken", "")
 	cowherd(t, "clone", "second", "--from", "web@a", "second.img", "--no-hydration").want(t, exitOK, "second: cloned from web@a", "")
 	cowherd(t, "rm", "web@a").want(t, exitError, "", `web@a is in use by clone "second"`)
@@ -293,10 +301,20 @@ func TestClone(t *testing.T) {
 	cowherd(t, "hydrate", "web", "--start", "--retry", "--wait", "--json").want(t, exitOK, `"source_in_use": false`, "")
 	cowherd(t, "hydrate", "web", "--stop", "--wait").want(t, exitOK, "done", "")
 	cowherd(t, "hydrate", "web@a").want(t, exitError, "", "web@a")
+	cowherd(t, "clone", "third", "--from", "golden.img", "third.img", "--no-hydration").want(t, exitOK, "third: cloned", "")
+	for range 2 {
+		cowherd(t, "clone", "--detach-source", "third", "--wait").
+			want(t, exitOK, "third: detached from "+dir+"/golden.img, 16 of 16 regions hydrated (100.0%)\n", "")
+	}
+	cowherd(t, "clone", "--detach-source", "third", "--json").want(t, exitOK, `"detached": true`, "")
+	cowherd(t, "status", "third").want(t, exitOK, "/golden.img (detached)\n", "")
+	cowherd(t, "clone", "--detach-source", "none").want(t, exitError, "", `there is no device "none"`)
+	cowherd(t, "clone", "--detach-source", "none", "--wait").want(t, exitError, "", `there is no device "none"`)
 	if got, err := os.ReadFile("second.img"); err != nil || !bytes.Equal(got, data) {
 		t.Errorf("the copy of the copy is none: %v", err)
 	}
 	cowherd(t, "events", "--no-follow").want(t, exitOK, "clone-hydrated       second\n", "")
+	cowherd(t, "events", "--no-follow").want(t, exitOK, "source-detached      third\n", "")
 	cowherd(t, "detach", "second").want(t, exitOK, "second: detached", "")
 	cowherd(t, "clone", "second", "--from", "golden.img", "second.img").want(t, exitOK, "16 of 16 regions hydrated", "")
 	if err := os.Remove("second.img.clone-metadata"); err != nil {

@@ -204,7 +204,11 @@ func putSnapshot(t *sheet, x *api.Snapshot) {
 
 // putClone adds what only clones have.
 func putClone(t *sheet, x *api.Clone) {
-	t.put("source", x.Source)
+	source := x.Source
+	if x.Detached {
+		source += " (detached)"
+	}
+	t.put("source", source)
 	t.put("metadata", x.Metadata)
 	t.put("region", size.Human(x.RegionBytes))
 	t.put("regions", hydrated(x))
