@@ -36,7 +36,7 @@ var layers = [][]string{
 	{"backend/*", "internal/fault"},
 	{"block"},
 	{"metrics"},
-	{"internal/fixture", "internal/invariant", "internal/percpu", "internal/size", "internal/sparse"},
+	{"internal/fixture", "internal/guest", "internal/invariant", "internal/percpu", "internal/size", "internal/sparse"},
 }
 
 // apart are tools of the repository: they import no layer and no layer imports them.
@@ -58,7 +58,7 @@ var confined = []struct {
 	{"pgregory.net/rapid", nil, "it is for tests"},
 	{"testing", []string{"backend/devicetest"}, "it is for tests"},
 	{"C", nil, "the program is built without cgo"},
-	{"os/exec", []string{"bench/peers"}, "cowherd runs no programs"},
+	{"os/exec", []string{"bench/peers", "internal/guest"}, "cowherd runs no programs"},
 	{"expvar", nil, "an import alone adds it to the default HTTP server"},
 	{"net/http/pprof", nil, "an import alone adds it to the default HTTP server"},
 	{"log", nil, "use log/slog"},

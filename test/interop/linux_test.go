@@ -29,7 +29,7 @@ deactivate
 			}
 			if g.report("status") != "Invalid" || !strings.HasPrefix(g.report("view"), "unreadable") ||
 				g.report("origin") != sumBytes(p.originModel) {
-				t.Fatalf("the guest reports:\n%s", g.output)
+				t.Fatalf("the guest reports:\n%s", g.Output)
 			}
 			p.status = "Invalid"
 			p.checkInvalid()
@@ -55,7 +55,7 @@ deactivate
 `, p.table(), before, fill, p.table()), p.origin, p.cow)
 	before.apply(p.originModel)
 	if g.report("error") == "" || g.report("overflow") != "Overflow" || g.report("view") != g.report("again") {
-		t.Fatalf("the guest reports:\n%s", g.output)
+		t.Fatalf("the guest reports:\n%s", g.Output)
 	}
 	p.status = g.report("status")
 	p.adopt()
@@ -80,7 +80,7 @@ sleep 1
 	before.apply(p.viewModel)
 	p.adoptOrigin()
 	p.checkStore()
-	t.Logf("stopped: %+v %s", p.info(), g.output)
+	t.Logf("stopped: %+v %s", p.info(), g.Output)
 	p.holdCowherd(false)
 	p.checkStore()
 }

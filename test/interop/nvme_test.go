@@ -165,7 +165,7 @@ func TestNVMe(t *testing.T) {
 	copy(models[0][small.first:], pattern(9, 65536)) // the source was written before
 	small.check(t, models[0])
 	large.check(t, models[1])
-	t.Log(g.output)
+	t.Log(g.Output)
 }
 
 // TestNVMeFaults: what the disk cannot read or write is an error of the copy that names the command's status.
@@ -184,7 +184,7 @@ io offload write ${n0}p2 ${n0}p1 0 0 %d copy 1
 io offload before ${n0}p2 ${n0}p1 0 0 %d copy 1
 io offload read ${n1}p2 ${n1}p1 0 0 %d copy 1
 `, 2*mib, mib, 2*mib), dummy.origin, dummy.cow)
-	t.Log(g.output)
+	t.Log(g.Output)
 	for _, name := range []string{"write", "read"} {
 		got := g.report(name)
 		if !strings.Contains(got, "NVMe status 0x") || !strings.Contains(got, "input/output error") ||

@@ -106,7 +106,7 @@ func TestTables(t *testing.T) {
 			mine := tables[len(tables)*i/guests : len(tables)*(i+1)/guests]
 			g := kernel(t, inGuest+tryTables+tryAll(mine), newImage(t, tablesSize), newImage(t, tablesSize))
 			_, linux := splitTables(strings.NewReplacer("254:0", "$A", "254:16", "$B", "/dev/vda", "$A", " /tmp/table.", "").
-				Replace(g.output))
+				Replace(g.Output))
 			for _, table := range mine {
 				compareTable(t, table, linux[table], recorded[table], cowherds[table])
 			}
@@ -281,7 +281,7 @@ func TestSurface(t *testing.T) {
 	ours := strings.NewReplacer(a, "$A", b, "$B").Replace(hostShell(t, d, a, b, surface))
 	g := kernel(t, "set +e\nA=/dev/vda B=/dev/vdb tmp=/tmp\n"+surface, newImage(t, tablesSize), newImage(t, tablesSize))
 	theirs := strings.NewReplacer("254:0", "$A", "254:16", "$B", "/dev/vda", "$A", "/dev/vdb", "$B", "linear 253:0", "linear lin").
-		Replace(g.output)
+		Replace(g.Output)
 	mine, linux := commandsOf(ours), commandsOf(theirs)
 	if len(mine) != len(linux) {
 		t.Fatalf("%d commands were run here, %d by Linux:\n%s", len(mine), len(linux), theirs)
