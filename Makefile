@@ -30,7 +30,7 @@ IMAGE      ?=
 TOOLS      := bin/tools
 BENCHMARKED = $(shell grep -rl --include='*_test.go' '^func Benchmark' . | xargs -r dirname | sort -u)
 
-.PHONY: build demo test interop check fmt vet staticcheck checklocks archtest cross tools bench stress kill fuzz crash clean help
+.PHONY: build demo test interop check fmt vet staticcheck checklocks archtest cross tools bench bench-peers stress kill fuzz crash clean help
 
 ## build: bin/cowherd (what plain `make` does)
 build:
@@ -94,6 +94,12 @@ bench: build
 	bin/cowherd bench kcopyd
 	scripts/clients.sh bench
 	bench/peers/run.sh
+
+## bench-peers: fio over cowherd and other NBD servers, copies beside other programs, the kernel's own targets in a guest
+bench-peers:
+	bench/peers/run.sh
+	bench/peers/run.sh copy
+	bench/peers/run.sh kernel
 
 ## stress: the tests COUNT times under the race detector (PKG=./kcopyd/... for one part)
 stress:

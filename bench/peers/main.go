@@ -117,6 +117,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	if len(args) > 0 && args[0] == "copy" {
 		return runCopies(ctx, args[1:], stdout, stderr)
 	}
+	if len(args) > 0 && args[0] == "kernel" {
+		return runKernel(ctx, args[1:], stdout, stderr)
+	}
 	o, err := parseOptions(args, stderr)
 	if err != nil {
 		return err

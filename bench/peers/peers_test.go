@@ -16,6 +16,7 @@ import (
 	"go.uber.org/goleak"
 
 	"cowherd/api"
+	"cowherd/internal/guest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -427,5 +428,35 @@ func TestServerFails(t *testing.T) {
 		if _, err := os.Stat(dir + "/" + name); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("%s: its directory is left: %v", name, err)
 		}
+	}
+}
+
+// TestKernelRows reads what a guest has left: of a step that was not measured there is no row.
+func TestKernelRows(t *testing.T) {
+	text, err := os.ReadFile("testdata/reads.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := map[string][]byte{}
+	for _, name := range []string{"bare.1.1", "bare.1.2", "first.1.1", "first.1.2", "bare.2.1", "bare.2.2"} {
+		files[name] = text
+	}
+	o := kernelOptions{rounds: 2}
+	rows, err := o.rows(&guest.Result{Files: files})
+	if err != nil || len(rows) != 3 {
+		t.Fatalf("%d rows, %v", len(rows), err)
+	}
+	for _, r := range rows {
+		if r.Rounds != 2 || r.Ratio != 1 || r.IOPS == 0 {
+			t.Errorf("%+v", r)
+		}
+	}
+	var table strings.Builder
+	if err := writeKernel(&table, "6.12", rows); err != nil || strings.Count(table.String(), "\n") != 6 {
+		t.Errorf("%v\n%s", err, &table)
+	}
+	files["first.1.2"] = []byte("no JSON")
+	if _, err := o.rows(&guest.Result{Files: files}); err == nil {
+		t.Error("what is no output of fio was read")
 	}
 }

@@ -5,5 +5,6 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 make --no-print-directory build
 scripts/clients.sh bench >&2
+[ "${1-}" != kernel ] || scripts/clients.sh interop >&2
 go build -trimpath -o bin/peers ./bench/peers
 exec bin/peers "$@"

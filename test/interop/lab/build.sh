@@ -19,6 +19,8 @@ PATH=$PATH:/usr/sbin:/sbin
 # What the guest has: modules with all that they need, and programs with their libraries.
 modules=(virtio_blk nvme dm-snapshot dm-delay dm-flakey dm-log-writes dm-zero)
 programs=(dmsetup)
+# Modules that scripts load themselves, from /more.
+more=(null_blk)
 # Modules that are compiled, each of the objects NAME-*.o of drivers/md.
 compiled=(dm-clone)
 
@@ -111,15 +113,14 @@ uncompress() {
 # part prints $3 bytes from offset $2 of a file.
 part() { head -c $(($2 + $3)) "$1" | tail -c "$3"; }
 
-# add_modules copies modules of kernel $2, unpacked in $1, to the root file system $3, named in the order of their
-# loading.
+# add_modules copies modules ($4...) of kernel $2, unpacked in $1, to the directory $3, named in the order of their loading.
 add_modules() {
 	local name path count=100
-	mkdir -p "$3/modules"
-	for name in "${modules[@]}"; do
+	mkdir -p "$3"
+	for name in "${@:4}"; do
 		modprobe -d "$1" -S "$2" --show-depends "$name" || fail "Linux $2 has no module $name"
 	done | awk '$1 == "insmod" && !seen[$2]++ { print $2 }' | while read -r path; do
-		name=$3/modules/$((count++))-$(basename "${path%.xz}")
+		name=$3/$((count++))-$(basename "${path%.xz}")
 		case $path in
 		*.xz) xz -dc "$path" >"$name" ;;
 		*) cp "$path" "$name" ;;
@@ -148,7 +149,8 @@ make_root() {
 		[ -e "$root/bin/$name" ] || ln -s busybox "$root/bin/$name"
 	done
 	for name in "${programs[@]}"; do add_program "$name" "$root"; done
-	add_modules "$1" "$2" "$root"
+	add_modules "$1" "$2" "$root/modules" "${modules[@]}"
+	add_modules "$1" "$2" "$root/more" "${more[@]}"
 	(cd "$root" && find . | LC_ALL=C sort | busybox cpio -o -H newc 2>/dev/null)
 }
 
