@@ -1,7 +1,9 @@
 package transfer
 
 import (
+	"context"
 	"fmt"
+	"sync"
 	"time"
 )
 
@@ -25,6 +27,9 @@ type keeper struct {
 	started  int64       // the write-back of all before has been started
 	recorded int64       // the mark in the journal
 	doubt    bool        // a flush or write-back has failed: what it was to cover may be gone, whatever a later one says
+
+	stop    chan struct{} // nil: it does not run
+	running sync.WaitGroup
 }
 
 func newKeeper(p *planner) *keeper {
@@ -35,8 +40,29 @@ func newKeeper(p *planner) *keeper {
 	return k
 }
 
+// begin has it run beside the workers, if it does not yet. An error of it is the cause that cancel is called with.
+func (k *keeper) begin(cancel context.CancelCauseFunc) {
+	if k.stop != nil {
+		return
+	}
+	k.stop = make(chan struct{})
+	k.running.Go(func() {
+		if err := k.run(); err != nil {
+			cancel(err)
+		}
+	})
+}
+
+// end stops it, and waits for it.
+func (k *keeper) end() {
+	if k.stop != nil {
+		close(k.stop)
+		k.running.Wait()
+	}
+}
+
 // run works until stop is closed.
-func (k *keeper) run(stop <-chan struct{}) error {
+func (k *keeper) run() error {
 	var tick <-chan time.Time
 	if k.Journal != nil {
 		ticker := time.NewTicker(journalInterval)
@@ -45,7 +71,7 @@ func (k *keeper) run(stop <-chan struct{}) error {
 	}
 	for {
 		select {
-		case <-stop:
+		case <-k.stop:
 			return nil
 		case <-k.changed:
 			if err := k.writeBack(); err != nil {

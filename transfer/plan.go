@@ -141,6 +141,9 @@ func (p *planner) planLocked(b *batch) error {
 func (p *planner) moveLocked() error {
 	p.window = min(p.at+windowSize-p.at%windowSize, p.end)
 	if p.copies && p.coarse.Load() && p.offload.clones { // whatever it is, it is cloned
+		if p.at > p.Start { // the first one, of usual size, shows whether it works
+			p.window = min(max(p.window, p.at+p.offload.cloneMax), p.end)
+		}
 		p.source.assume(p.at, p.window, false)
 		p.destination.assume(p.at, p.window, false)
 		return nil

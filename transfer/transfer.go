@@ -263,22 +263,22 @@ func (t *transfer) run(ctx context.Context) error {
 	return nil
 }
 
-// copyAll copies everything, with the keeper beside the workers.
+// copyAll copies everything, with the keeper beside the workers. Clones leave nothing to be written back: without a
+// journal there is no keeper beside them.
 func (t *transfer) copyAll(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	p := newPlanner(t, t.Start, t.Zeroed, true)
 	k := newKeeper(p)
-	stop := make(chan struct{})
-	var keeper sync.WaitGroup
-	keeper.Go(func() {
-		if err := k.run(stop); err != nil {
-			cancel(err)
-		}
-	})
-	err := p.each(ctx, cancel, (*worker).copy)
-	close(stop)
-	keeper.Wait()
+	if t.Journal != nil {
+		k.begin(cancel)
+	}
+	more, err := p.clone(ctx)
+	if more {
+		k.begin(cancel)
+		err = p.each(ctx, cancel, (*worker).copy)
+	}
+	k.end()
 	if err == nil {
 		err = context.Cause(ctx)
 	}
@@ -289,20 +289,17 @@ func (t *transfer) copyAll(ctx context.Context) error {
 	return t.copyTail()
 }
 
-// each has do called by the workers for every piece, and waits for all of them. The first error ends it.
-//
-// What is cloned is cloned by the first worker, on this goroutine, for as long as that works: clones to one file wait
-// for each other, and to wake the other workers takes longer than to clone a window does.
-func (p *planner) each(ctx context.Context, cancel context.CancelCauseFunc, do func(*worker, context.Context, piece) error) error {
-	if p.copies && p.offload.clones {
-		more, err := p.workers[0].run(ctx, p, do, p.coarse.Load)
-		if err != nil {
-			cancel(err)
-		}
-		if !more {
-			return context.Cause(ctx)
-		}
+// clone has the first worker clone, on this goroutine, for as long as that works: clones to one file wait for each other,
+// and to wake the other workers takes longer than to clone a window does. more: there may be something left to be copied.
+func (p *planner) clone(ctx context.Context) (more bool, err error) {
+	if !p.offload.clones {
+		return true, nil
 	}
+	return p.workers[0].run(ctx, p, (*worker).copy, p.coarse.Load)
+}
+
+// each has do called by the workers for every piece, and waits for all of them. The first error ends it.
+func (p *planner) each(ctx context.Context, cancel context.CancelCauseFunc, do func(*worker, context.Context, piece) error) error {
 	var all sync.WaitGroup
 	for _, w := range p.workers {
 		all.Go(func() {
@@ -323,15 +320,17 @@ func (t *transfer) result() Result {
 		r.Zeroes += w.counted.zeroes
 		r.Skipped += w.counted.skipped
 		r.Verified += w.counted.verified
-		offloaded += w.counted.offloaded
+		r.Clone += w.counted.cloned
+		offloaded += w.counted.offloaded - w.counted.cloned
 	}
 	// What was begun and had to be read and written in the end is in the engine's counters too.
 	for _, m := range []struct {
 		method block.CopyMethod
 		to     *int64
 	}{{block.CopyClone, &r.Clone}, {block.CopyDevice, &r.Device}, {block.CopyServer, &r.Server}} {
-		*m.to = min(t.moved[m.method.String()], offloaded)
-		offloaded -= *m.to
+		n := min(t.moved[m.method.String()], offloaded)
+		*m.to += n
+		offloaded -= n
 	}
 	return r
 }

@@ -33,7 +33,11 @@ type worker struct {
 }
 
 // counts are bytes.
-type counts struct{ readWrite, zeroes, skipped, verified, offloaded int64 }
+type counts struct {
+	readWrite, zeroes, skipped, verified int64
+	offloaded                            int64 // cloned, and by the engine
+	cloned                               int64 // without the engine
+}
 
 func newWorker(t *transfer, queue block.Queue) *worker {
 	w := &worker{transfer: t, queue: queue, call: call{done: make(chan error, 1)}, jobDone: make(chan struct{}, 1)}
@@ -79,7 +83,8 @@ func (w *worker) copy(ctx context.Context, x piece) error {
 		w.progress(Zeroing, x.length)
 		return nil
 	}
-	if done, err := w.offloadPiece(ctx, x); done || err != nil {
+	x, err := w.offloadPiece(ctx, x)
+	if err != nil || x.length == 0 {
 		return err
 	}
 	if w.buffer == nil {

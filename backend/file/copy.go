@@ -12,10 +12,10 @@ import (
 )
 
 const (
-	// cloneMax is the longest clone of one call, in bytes. While it runs the kernel holds the locks of both files, so
-	// that their other users wait, and it begins by writing back what is dirty in the two ranges. A call costs
-	// microseconds whatever its length, which 64 MiB make nothing of.
-	cloneMax = 64 << 20
+	// cloneMaxDefault is the longest clone of one call, in bytes. While it runs the kernel holds the locks of both files,
+	// so that their other users wait, and it begins by writing back what is dirty in the two ranges. A call costs ten
+	// microseconds whatever its length, of which only copies of whole images on an idle machine see anything.
+	cloneMaxDefault = 64 << 20
 	// serverMax and serverAtOnce are the same for a server: bytes of one call, and calls in flight that hide the time
 	// of a round trip. A server may do less (Linux's nfsd stops after 4 MiB), which is a short copy.
 	serverMax    = 16 << 20
@@ -37,8 +37,9 @@ func (d *Device) CopyOffers(source block.Device) []block.CopyOffer {
 	}
 	var offers []block.CopyOffer
 	if d.clones(s) {
+		longest := max(d.cloneMax&^(d.fsBlock-1), d.fsBlock)
 		offers = append(offers, block.CopyOffer{
-			Method: block.CopyClone, Granularity: d.fsBlock, TailAtEnd: true, LengthMax: cloneMax, Concurrency: 1,
+			Method: block.CopyClone, Granularity: d.fsBlock, TailAtEnd: true, LengthMax: longest, Concurrency: 1,
 		})
 	}
 	if d.copiesAtServer(s) {

@@ -80,6 +80,7 @@ type Device struct {
 	id          identity
 	fsType      int64 // of the file system, by statfs; 0 for a block device
 	fsBlock     int64 // the file system's block in bytes; 0 for a block device
+	cloneMax    int64 // Options.CloneMax, completed
 	isBlock     bool  // a block device, not a regular file
 	inMemory    bool  // on a file system that has its data in memory: nothing blocks for long
 	direct      bool  // past the page cache

@@ -1,6 +1,7 @@
 package file
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -23,6 +24,9 @@ type Options struct {
 	// Allocate gives a new file all its blocks at once (Create only), so that no write to it finds the disk full unless
 	// it has come to share blocks with another file. Without it the file begins as one hole.
 	Allocate bool
+	// CloneMax is the longest clone to the file that is made by one call, in bytes; 0: what suits files that are in use
+	// meanwhile, since each call keeps the other users of both files waiting.
+	CloneMax int64
 }
 
 // Open opens a regular file or a block device, which keeps the size it has now. A regular file is locked (one writer,
@@ -178,6 +182,7 @@ func newDevice(fd int, path string, o Options) (*Device, error) {
 		sys:         kernelCalls(),
 		direct:      o.Direct,
 		memoryAlign: 1,
+		cloneMax:    cmp.Or(o.CloneMax, cloneMaxDefault),
 		queues:      percpu.New[queue](),
 		idle:        make(chan struct{}, 1),
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -25,16 +26,34 @@ func defaultControl() (string, error) {
 	return filepath.Join(dir, "control.sock"), err
 }
 
+// control is the socket of the daemon that a command talks to.
+func (s *session) control() (string, error) {
+	if s.cli.Control != "" {
+		return s.cli.Control, nil
+	}
+	return defaultControl()
+}
+
 // client is a client of the daemon, to be closed.
 func (s *session) client() (*api.Client, error) {
-	socket := s.cli.Control
-	if socket == "" {
-		var err error
-		if socket, err = defaultControl(); err != nil {
-			return nil, err
-		}
+	socket, err := s.control()
+	if err != nil {
+		return nil, err
 	}
 	return api.NewClient(socket), nil
+}
+
+// clientIfThere is a client of the daemon, to be closed, for commands that can do without one: nil where there is no
+// socket. To look for it takes a few microseconds; to be told by the client that nobody answers, a hundred.
+func (s *session) clientIfThere() *api.Client {
+	socket, err := s.control()
+	if err != nil {
+		return nil
+	}
+	if _, err := os.Stat(socket); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return api.NewClient(socket)
 }
 
 // absolute makes a path good for the daemon, which runs in another directory.

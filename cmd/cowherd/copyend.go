@@ -113,12 +113,12 @@ func findLive(ctx context.Context, s *session, name string) (device api.Device, 
 	if strings.ContainsRune(name, filepath.Separator) {
 		return device, false
 	}
-	client, err := s.client()
-	if err != nil {
+	client := s.clientIfThere()
+	if client == nil {
 		return device, false
 	}
 	defer client.Close()
-	device, err = client.Device(ctx, name)
+	device, err := client.Device(ctx, name)
 	return device, err == nil
 }
 
@@ -270,8 +270,8 @@ func checkMapped(ctx context.Context, s *session, name string) error {
 	if strings.ContainsRune(name, filepath.Separator) {
 		return nil
 	}
-	client, err := s.client()
-	if err != nil {
+	client := s.clientIfThere()
+	if client == nil {
 		return nil
 	}
 	defer client.Close()

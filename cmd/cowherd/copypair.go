@@ -18,6 +18,10 @@ import (
 // journalSuffix is behind the name of a destination in the name of its journal.
 const journalSuffix = ".cowherd-copy"
 
+// cloneMax is the longest clone of one call, in bytes: nobody else uses the destination, or writes to the source. An
+// interruption waits for the end of the call, which may have to write as much that is dirty back.
+const cloneMax = 1 << 30
+
 // pair is both ends of a copy, open.
 type pair struct {
 	source, destination *copyEnd
@@ -123,7 +127,7 @@ func (c *copyCmd) openImage(p *pair) (err error) {
 	if err := c.prepareImage(p, f); err != nil {
 		return errors.Join(err, f.Close(), p.uncreate())
 	}
-	d, err := file.New(f, file.Options{}) // takes f over, with its lock
+	d, err := file.New(f, file.Options{CloneMax: cloneMax}) // takes f over, with its lock
 	if err != nil {
 		return errors.Join(err, p.uncreate())
 	}

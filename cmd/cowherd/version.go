@@ -27,7 +27,7 @@ type versions struct {
 
 func (c *versionCmd) Run(s *session) error {
 	v := versions{Version: orUnknown(version)}
-	if client, err := s.client(); err == nil {
+	if client := s.clientIfThere(); client != nil {
 		defer client.Close()
 		if daemon, err := client.Version(s); err == nil {
 			v.Daemon = &daemon
