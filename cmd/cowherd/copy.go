@@ -4,9 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os/signal"
 	"strings"
-	"syscall"
 	"time"
 
 	"cowherd/internal/size"
@@ -67,11 +65,10 @@ func (c *copyCmd) Run(s *session) (err error) {
 	if err != nil {
 		return err
 	}
-	ctx, stop := signal.NotifyContext(s, syscall.SIGINT, syscall.SIGTERM)
+	ctx, armed, stop := s.interruptible()
 	defer stop()
-	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	start := time.Now()
-	p, err := c.openPair(ctx, s)
+	p, err := c.openPair(ctx, s, armed)
 	if err != nil {
 		return err
 	}

@@ -32,8 +32,9 @@ type pair struct {
 	created             bool              // the destination was made
 }
 
-// openPair opens both ends. What would destroy something is refused.
-func (c *copyCmd) openPair(ctx context.Context, s *session) (p *pair, err error) {
+// openPair opens both ends. What would destroy something is refused. armed is closed when interruptions end ctx: before,
+// nothing is made.
+func (c *copyCmd) openPair(ctx context.Context, s *session, armed <-chan struct{}) (p *pair, err error) {
 	p = &pair{}
 	if p.source, err = c.findEnd(ctx, s, c.Source, false); err != nil {
 		return nil, err
@@ -57,6 +58,7 @@ func (c *copyCmd) openPair(ctx context.Context, s *session) (p *pair, err error)
 	if err := c.openSource(ctx, p.source); err != nil {
 		return nil, err
 	}
+	<-armed
 	if err := c.openDestination(ctx, p); err != nil {
 		return nil, errors.Join(err, p.close())
 	}
