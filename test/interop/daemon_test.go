@@ -95,8 +95,8 @@ func newDaemon(t *testing.T) *daemon {
 	return d
 }
 
-// start starts the daemon and waits until it is ready.
-func (d *daemon) start() {
+// start starts the daemon and waits until it is ready. flags are added to those that say where it lives.
+func (d *daemon) start(flags ...string) {
 	d.t.Helper()
 	path, err := build()
 	if err != nil {
@@ -108,8 +108,8 @@ func (d *daemon) start() {
 	}
 	defer ready.Close()
 	d.log = &bytes.Buffer{}
-	d.cmd = exec.Command(path, "serve", "--control", d.control, "--nbd", "unix:"+d.socket,
-		"--state", filepath.Join(d.dir, "state"), "--ready-fd", "3")
+	d.cmd = exec.Command(path, append([]string{"serve", "--control", d.control, "--nbd", "unix:" + d.socket,
+		"--state", filepath.Join(d.dir, "state"), "--ready-fd", "3"}, flags...)...)
 	d.cmd.ExtraFiles, d.cmd.Stderr = []*os.File{theirs}, d.log
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	err = d.cmd.Start()
