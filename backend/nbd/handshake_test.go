@@ -5,6 +5,8 @@ import (
 	"crypto/tls"
 	"errors"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -186,7 +188,7 @@ func TestOpenErrors(t *testing.T) {
 		f := &fake{size: 1 << 20, flags: fakeFlags}
 		f.answer = func(s *session, option uint32, _ []byte) bool {
 			if option == optGo {
-				f.size += 512 // each connection, one after the other, is told another size
+				f.size += 512 // the second of two connections is told another size
 			}
 			return false
 		}
@@ -195,6 +197,39 @@ func TestOpenErrors(t *testing.T) {
 		c.Connections = 2
 		_, err := Open(context.Background(), c)
 		wantText(t, err, "disagree")
+	})
+	t.Run("side by side", func(t *testing.T) {
+		// All connections but the first are greeted when they are all there.
+		var first atomic.Bool
+		var others sync.WaitGroup
+		others.Add(3)
+		f := &fake{size: 1 << 20, flags: fakeFlags}
+		f.greet = func(s *session) bool {
+			if !first.CompareAndSwap(false, true) {
+				others.Done()
+				others.Wait()
+			}
+			s.send(uint64(magicInit), uint64(magicOption), uint16(handshakeFixedNewstyle|handshakeNoZeroes))
+			return true
+		}
+		if d := f.start(t).open(t, func(c *Config) { c.Connections = 4 }); d.Connections() != 4 {
+			t.Errorf("%d connections", d.Connections())
+		}
+	})
+	t.Run("one of several is refused", func(t *testing.T) {
+		var count atomic.Int32
+		f := &fake{size: 1 << 20, flags: fakeFlags, greet: func(s *session) bool {
+			if count.Add(1) == 3 {
+				return false
+			}
+			s.send(uint64(magicInit), uint64(magicOption), uint16(handshakeFixedNewstyle|handshakeNoZeroes))
+			return true
+		}}
+		c := f.start(t).config()
+		c.Connections = 8
+		if _, err := Open(context.Background(), c); err == nil || errors.Is(err, context.Canceled) {
+			t.Errorf("got error %v, want that of the connection", err)
+		}
 	})
 }
 

@@ -69,6 +69,7 @@ package nbd
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"math"
 	"net"
@@ -193,29 +194,54 @@ func newDevice(c Config, streams []net.Conn, exports []export) *Device {
 	return d
 }
 
-// connect makes all connections, or none.
+// connect makes all connections, or none: the first one tells whether there may be more, which are made side by side then,
+// so that it takes the time of two.
 func connect(ctx context.Context, c *Config) (streams []net.Conn, exports []export, err error) {
-	defer func() {
-		if err != nil {
-			for _, stream := range streams {
+	stream, first, err := dial(ctx, c)
+	if err != nil {
+		return nil, nil, err
+	}
+	count := 1
+	if first.has(flagMultiConn) {
+		count = max(c.Connections, 1)
+	}
+	streams, exports = make([]net.Conn, count), make([]export, count)
+	streams[0], exports[0] = stream, first
+	errs := make([]error, count)
+	ctx, cancel := context.WithCancel(ctx) // one that fails ends the others
+	defer cancel()
+	var dialling sync.WaitGroup
+	for i := 1; i < count; i++ {
+		dialling.Go(func() {
+			streams[i], exports[i], errs[i] = dial(ctx, c)
+			if errs[i] == nil && first != exports[i].with(first.context) {
+				errs[i] = violation("its connections disagree about the export")
+			}
+			if errs[i] != nil {
+				cancel()
+			}
+		})
+	}
+	dialling.Wait()
+	if err := firstCause(errs); err != nil {
+		for _, stream := range streams {
+			if stream != nil {
 				hangUp(stream)
 			}
 		}
-	}()
-	for count := max(c.Connections, 1); len(streams) < count; {
-		stream, e, err := dial(ctx, c)
-		if err != nil {
-			return streams, nil, err
-		}
-		streams, exports = append(streams, stream), append(exports, e)
-		if !e.has(flagMultiConn) {
-			count = 1
-		}
-		if first := exports[0]; e != first.with(e.context) {
-			return streams, nil, violation("its connections disagree about the export")
-		}
+		return nil, nil, err
 	}
 	return streams, exports, nil
+}
+
+// firstCause is an error of errs that is not only the consequence of another; nil: there is none.
+func firstCause(errs []error) (found error) {
+	for _, err := range errs {
+		if err != nil && (found == nil || errors.Is(found, context.Canceled)) {
+			found = err
+		}
+	}
+	return found
 }
 
 // hangUp ends a connection that no request has gone over. What comes of it matters to nobody.
