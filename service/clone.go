@@ -20,6 +20,7 @@ import (
 	"cowherd/backend/nbd"
 	"cowherd/block"
 	"cowherd/clonemeta"
+	"cowherd/internal/size"
 	"cowherd/kcopyd"
 	"cowherd/target/clone"
 )
@@ -135,10 +136,37 @@ func (d *Daemon) openClone(name string, r *api.AttachRequest, known bool) (_ *cl
 	} else {
 		zero, err = d.makeClone(name, r, x)
 	}
+	if err == nil {
+		err = x.checkSizes(r.Device)
+	}
 	if err != nil {
 		return nil, err
 	}
 	return x, d.startClone(name, r, x, zero)
+}
+
+// checkSizes tells whether source and destination are too short for what the metadata is of: then they are not those that
+// it was made for, which it does not name. As in the kernel they may be longer.
+func (x *cloned) checkSizes(destination string) error {
+	length := x.meta.TargetSize().Bytes()
+	for _, part := range []struct {
+		what, name string
+		device     block.Device
+	}{{"destination", destination, x.dest}, {"source", x.request.Source, sourceDevice(x.currentSource())}} {
+		if part.device != nil && part.device.Size() < length {
+			return api.Errorf(syscall.EINVAL, "the metadata %s is of a clone of %s, and the %s %s has only %s: they do not belong "+
+				"together", x.request.Metadata, size.Exact(length), part.what, part.name, size.Exact(part.device.Size()))
+		}
+	}
+	return nil
+}
+
+// sourceDevice is the device of a source; nil: there is none.
+func sourceDevice(s *source) block.Device {
+	if s == nil {
+		return nil
+	}
+	return s.Device
 }
 
 // newCloned makes a clone that nothing of is open.
@@ -278,6 +306,10 @@ func (d *Daemon) makeDestination(name string, r *api.AttachRequest, x *cloned, l
 	}
 	if x.dest, err = d.openFile(name, r.Device, file.Options{Direct: r.Direct}); err != nil {
 		return false, err
+	}
+	if has := x.dest.Size(); has < length {
+		return false, api.Errorf(syscall.EINVAL, "%s has %s, and the source %s: it is too short", r.Device, size.Exact(has),
+			size.Exact(length))
 	}
 	if zero || x.request.Overwrite {
 		return zero, nil

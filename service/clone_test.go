@@ -282,7 +282,7 @@ func TestCloneRefused(t *testing.T) {
 		{"small region", fresh, api.CloneRequest{Source: src, RegionBytes: 2 << 10}, syscall.EINVAL, "power of two"},
 		{"unknown order", fresh, api.CloneRequest{Source: src, Order: "random"}, syscall.EINVAL, "order"},
 		{"full destination", full, api.CloneRequest{Source: src}, syscall.EEXIST, "--overwrite"},
-		{"small destination", small, api.CloneRequest{Source: src}, syscall.EINVAL, "destination"},
+		{"small destination", small, api.CloneRequest{Source: src}, syscall.EINVAL, "has 512KiB, and the source 1MiB"},
 		{"source is destination", src, api.CloneRequest{Source: src}, syscall.EBUSY, src},
 		{"relative destination", "fresh", api.CloneRequest{Source: src}, syscall.EINVAL, "absolute"},
 		{"relative metadata", fresh, api.CloneRequest{Source: src, Metadata: "x"}, syscall.EINVAL, "absolute"},
@@ -305,6 +305,80 @@ func TestCloneRefused(t *testing.T) {
 	attach(t, d, "vm", "mem:1M")
 	_, err = d.Hydrate(t.Context(), "vm", api.HydrationRequest{})
 	wantErrno(t, err, syscall.EINVAL, "not a clone")
+}
+
+// TestCloneSizes: metadata goes with what is long enough for it, and with no other region size.
+func TestCloneSizes(t *testing.T) {
+	d := startDaemon(t, testConfig(t))
+	dir := t.TempDir()
+	src, dest, meta := image(t, cloneBytes), filepath.Join(dir, "web.img"), filepath.Join(dir, "meta")
+	makeClone(t, d, "web", dest, api.CloneRequest{Source: src, Metadata: meta, NoHydration: true})
+	put(t, d, "web", 5, pattern(1, 1))
+	want := get(t, d, "web", cloneBytes)
+	detachSoon(t, d, "web")
+	before := readFile(t, meta)
+	short, long := image(t, cloneBytes-512), image(t, cloneBytes+4096)
+	for _, test := range []struct {
+		name, dest, source string
+		region             int64
+		text               string
+	}{
+		{"short source", dest, short, 0, "is of a clone of 1MiB, and the source " + short + " has only 1048064"},
+		{"short destination", short, src, 0, "is of a clone of 1MiB, and the destination " + short + " has only 1048064"},
+		{"region size", dest, src, 4096, "region size"},
+	} {
+		_, err := d.Attach(api.AttachRequest{Name: "web", Device: test.dest, Clone: api.CloneRequest{
+			Source: test.source, Metadata: meta, RegionBytes: test.region, NoHydration: true,
+		}})
+		wantErrno(t, err, syscall.EINVAL, test.text)
+		if d.names.taken() != 0 {
+			t.Fatalf("%s: names or files are held", test.name)
+		}
+	}
+	if !bytes.Equal(readFile(t, meta), before) {
+		t.Error("the metadata has changed")
+	}
+	makeClone(t, d, "web", dest, api.CloneRequest{Source: long, Metadata: meta, NoHydration: true})
+	if got := get(t, d, "web", cloneBytes); !bytes.Equal(got, want) {
+		t.Error("with a longer source, which begins alike, it shows something else")
+	}
+}
+
+// TestCloneIsNoOther: a clone that is lost does not come back over another source, with other metadata, or as none.
+func TestCloneIsNoOther(t *testing.T) {
+	c := testConfig(t)
+	d := startDaemon(t, c)
+	src, other, dest := image(t, cloneBytes), image(t, cloneBytes), filepath.Join(t.TempDir(), "web.img")
+	makeClone(t, d, "web", dest, api.CloneRequest{Source: src, NoHydration: true})
+	put(t, d, "web", 5, pattern(1, 1))
+	want := get(t, d, "web", cloneBytes)
+	stopDaemon(t, d)
+	rename(t, src, src+".away")
+	d = startDaemon(t, c)
+	wantState(t, d, "web", api.StateLost)
+	for _, test := range []struct {
+		r    api.CloneRequest
+		text string
+	}{
+		{api.CloneRequest{Source: other}, "the name is that of a clone of " + src},
+		{api.CloneRequest{Source: src, Metadata: other}, "with the metadata " + dest + metadataSuffix},
+		{api.CloneRequest{}, "a clone and the other is not"},
+	} {
+		_, err := d.Attach(api.AttachRequest{Name: "web", Device: dest, Clone: test.r})
+		wantErrno(t, err, syscall.EEXIST, test.text)
+	}
+	stopDaemon(t, d)
+	d, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantErrno(t, d.Restore([]api.AttachRequest{{Name: "web", Device: dest}}), syscall.EEXIST, "the name as that of a clone")
+	stopDaemon(t, d)
+	rename(t, src+".away", src)
+	d = startDaemon(t, c)
+	if wantState(t, d, "web", api.StateLive); !bytes.Equal(get(t, d, "web", cloneBytes), want) {
+		t.Error("it shows something else")
+	}
 }
 
 // TestRestoreOrder: clones come after what they are clones of.

@@ -1,6 +1,7 @@
 package service
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -132,11 +133,29 @@ func (d *Daemon) recall(saved *savedDevice) error {
 		return api.Errorf(syscall.EEXIST, "the name is that of %s, which is lost: detach it to forget it",
 			known.Request.Device)
 	}
-	if isClone := known.Request.Clone.Source != ""; isClone != (saved.Request.Clone.Source != "") {
-		return api.Errorf(syscall.EEXIST, "the name is that of a device that is lost, and the one is a clone and the other is "+
-			"not: detach it to forget it")
+	if err := sameClone(&known.Request, &saved.Request); err != nil {
+		return err
 	}
 	saved.Since, saved.Snapshots, saved.Cloned = known.Since, slices.Clone(known.Snapshots), known.Cloned
+	return nil
+}
+
+// sameClone tells whether a device that is lost may come back by another request: as a clone of the same source, with the
+// same metadata, or as none. What names them is only the state file: given others, the device would show what was copied
+// from the one beside what is read from the other.
+func sameClone(was, r *api.AttachRequest) error {
+	x, y := &was.Clone, &r.Clone
+	switch {
+	case (x.Source == "") != (y.Source == ""):
+		return api.Errorf(syscall.EEXIST, "the name is that of a device that is lost, and the one is a clone and the other is "+
+			"not: detach it to forget it")
+	case x.Source != y.Source:
+		return api.Errorf(syscall.EEXIST, "the name is that of a clone of %s, which is lost, and not of %s. If that is the same, "+
+			"moved, detach %s to forget it, and clone anew: its metadata is gone on with", x.Source, y.Source, r.Name)
+	case cmp.Or(x.Metadata, metadataPath(was.Device)) != cmp.Or(y.Metadata, metadataPath(r.Device)):
+		return api.Errorf(syscall.EEXIST, "the name is that of a clone with the metadata %s, which is lost: detach %s to forget it",
+			cmp.Or(x.Metadata, metadataPath(was.Device)), r.Name)
+	}
 	return nil
 }
 

@@ -63,6 +63,10 @@ func (d *Daemon) reconcile(r api.AttachRequest) error {
 	if known == nil || known.Request == r {
 		return nil
 	}
+	if known.Request.Clone.Source != "" {
+		return api.Errorf(syscall.EEXIST, "the configuration says %s, but the state file %s remembers the name as that of a clone "+
+			"on %s: detach that first, without this line of the configuration", r.Device, d.saved.path(), known.Request.Device)
+	}
 	if known.Request.Device == r.Device {
 		return d.saved.change(func(c *content) { c.device(r.Name).Request = r })
 	}
