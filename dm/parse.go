@@ -1,6 +1,7 @@
 package dm
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"strconv"
@@ -48,10 +49,9 @@ func Parse(table string) ([]Line, error) {
 		if text == "" || text[0] == '#' {
 			continue
 		}
-		l, ok := parseLine(text)
-		if !ok {
-			return nil, fmt.Errorf("invalid format on line %d of table: %.80q: a start, a length and a type are wanted: %w",
-				number, text, syscall.EINVAL)
+		l, err := parseLine(text)
+		if err != nil {
+			return nil, fmt.Errorf("invalid format on line %d of table: %.80q: %w: %w", number, text, err, syscall.EINVAL)
 		}
 		if len(lines) == linesMax {
 			return nil, fmt.Errorf("more than %d targets: %w", linesMax, syscall.EINVAL)
@@ -61,16 +61,21 @@ func Parse(table string) ([]Line, error) {
 	return lines, nil
 }
 
+// errFormat is what is wrong with a line in which nothing else is.
+var errFormat = errors.New("a start, a length and a type are wanted")
+
 // parseLine reads a line without space around it.
-func parseLine(text string) (l Line, ok bool) {
+func parseLine(text string) (l Line, err error) {
 	start, text := cutWord(text)
 	length, text := cutWord(text)
-	l.Type, l.Args = cutWord(text)
-	if l.Start, ok = parseSector(start); !ok {
-		return l, false
+	if l.Type, l.Args = cutWord(text); l.Type == "" {
+		return l, errFormat
 	}
-	l.Length, ok = parseSector(length)
-	return l, ok && l.Type != ""
+	if l.Start, err = parseSector(start); err != nil {
+		return l, err
+	}
+	l.Length, err = parseSector(length)
+	return l, err
 }
 
 // cutWord cuts the first word off.
@@ -83,7 +88,13 @@ func cutWord(text string) (word, rest string) {
 }
 
 // parseSector reads a sector whose bytes can be counted.
-func parseSector(word string) (block.Sector, bool) {
+func parseSector(word string) (block.Sector, error) {
 	n, err := strconv.ParseUint(word, 10, 64)
-	return block.Sector(n), err == nil && n <= sectorMax
+	switch {
+	case errors.Is(err, strconv.ErrRange) || n > sectorMax:
+		return 0, fmt.Errorf("%.40s is too large: a device has %d sectors at most", word, uint64(sectorMax))
+	case err != nil:
+		return 0, errFormat
+	}
+	return block.Sector(n), nil
 }

@@ -87,22 +87,41 @@ func TestRecorded(t *testing.T) {
 
 // TestParseBounds: tables that are too much to read.
 func TestParseBounds(t *testing.T) {
-	for _, table := range []string{
-		strings.Repeat("#", 2<<20),
-		strings.Repeat("0 1 zero\n", 1<<15),
-		"0 18446744073709551616 zero",
-		"0 18014398509481984 zero", // 8 EiB
-		"0 1",
-		"\x00",
-		"-1 1 zero",
+	for table, words := range map[string]string{
+		strings.Repeat("#", 2<<20):             "2097152 bytes",
+		strings.Repeat("0 1 zero\n", 1<<15):    "targets",
+		"0 18446744073709551616 zero":          "18446744073709551616 is too large",
+		"\n0 8 zero\n0 18014398509481984 zero": "line 3", // 8 EiB
+		"18014398509481984 8 zero":             "has 18014398509481983 sectors at most",
+		"0 1":                                  "are wanted",
+		"0 1x zero":                            "are wanted",
+		"\x00":                                 "are wanted",
+		"-1 1 zero":                            "are wanted",
 	} {
-		if _, err := dm.Parse(table); !errors.Is(err, syscall.EINVAL) {
+		if _, err := dm.Parse(table); !errors.Is(err, syscall.EINVAL) || !strings.Contains(err.Error(), words) {
 			t.Errorf("%.30q: %v", table, err)
 		}
 	}
 	lines, err := dm.Parse("\n # x\n\t5\t6  a\\ b   c d \r\n")
 	if err != nil || len(lines) != 1 || lines[0] != (dm.Line{Start: 5, Length: 6, Type: `a\`, Args: "b   c d"}) {
 		t.Errorf("got %+v, %v", lines, err)
+	}
+}
+
+// TestNumbers: what is wrong with a number is said.
+func TestNumbers(t *testing.T) {
+	x := newRig(t, map[string]block.Device{"a": memory(t, 64<<20)})
+	for table, words := range map[string]string{
+		"0 8 linear a 18446744073709551616": "invalid device sector: 18446744073709551616 is more than 18014398509481983",
+		"0 8 linear a 18014398509481984":    "invalid device sector: 18014398509481984 is more than 18014398509481983",
+		"0 8 linear a 0x8":                  `invalid device sector: "0x8" is no number`,
+		"0 8 linear a -1":                   `invalid device sector: "-1" is no number`,
+		"0 8 delay a 0 4294967296":          "invalid delay: 4294967296 is more than 4294967295",
+		"0 8 striped 0 8 a 0":               "invalid stripe count: 0 is less than 1",
+	} {
+		if err := x.create("x", table); !errors.Is(err, syscall.EINVAL) || !strings.Contains(err.Error(), words) {
+			t.Errorf("%q: %v", table, err)
+		}
 	}
 }
 

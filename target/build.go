@@ -123,11 +123,18 @@ func (a *Args) Next() string {
 	return word
 }
 
-// Number is the next word as a decimal number from least to most. The error is what, as EINVAL.
+// Number is the next word as a decimal number from least to most. The error is what, as EINVAL, and says what is wrong with
+// the word.
 func (a *Args) Number(least, most uint64, what string) (uint64, error) {
-	n, ok := number(a.Next())
-	if !ok || n < least || n > most {
-		return 0, Errorf("%s", what)
+	word := a.Next()
+	n, fits, ok := number(word)
+	switch {
+	case !ok:
+		return 0, Errorf("%s: %.40q is no number", what, word)
+	case !fits || n > most:
+		return 0, Errorf("%s: %.40s is more than %d", what, word, most)
+	case n < least:
+		return 0, Errorf("%s: %d is less than %d", what, n, least)
 	}
 	return n, nil
 }
@@ -153,14 +160,16 @@ func (a *Args) Group(most uint64, what string) (Args, error) {
 	return group, nil
 }
 
-// number reads decimal digits and nothing else. A number that does not fit is none; the kernel cuts it to what does.
-func number(s string) (n uint64, ok bool) {
+// number reads decimal digits and nothing else. A number that does not fit is refused; the kernel cuts it to what does.
+func number(s string) (n uint64, fits, ok bool) {
+	fits = true
 	for _, c := range []byte(s) {
 		d := uint64(c - '0')
-		if c < '0' || c > '9' || n > (1<<64-1-d)/10 {
-			return 0, false
+		if c < '0' || c > '9' {
+			return 0, false, false
 		}
+		fits = fits && n <= (1<<64-1-d)/10
 		n = n*10 + d
 	}
-	return n, s != ""
+	return n, fits, s != ""
 }
