@@ -311,7 +311,10 @@ func TestOffloadFaults(t *testing.T) {
 // fails.
 func TestOffloadStuck(t *testing.T) {
 	forLanes(t, Config{}, func(t *testing.T, e testEngine) {
-		const length, hole = 32 << 20, 20 << 20
+		length, hole := int64(32<<20), int64(20<<20)
+		if invariant.Enabled {
+			length, hole = 12<<20, 7<<20
+		}
 		from, to := newLeaf(t, "a", length), newLeaf(t, "b", length, cloneOffer(4096))
 		fill(from.data, rand.New(rand.NewPCG(1, 1)))
 		to.fault = func(_ block.CopyMethod, _, at, n int64) (int64, error) {
@@ -328,7 +331,7 @@ func TestOffloadStuck(t *testing.T) {
 			}
 		}
 		s := e.Stats()
-		if n := methodBytes(s, "clone"); n < 2*stuckMost*(length-SubJobSize) || s.Routes[0].Absent != "" {
+		if n := methodBytes(s, "clone"); n < 2*stuckMost*uint64(length-SubJobSize) || s.Routes[0].Absent != "" {
 			t.Errorf("%d bytes cloned, routes %+v", n, s.Routes)
 		}
 		if n := fallbacks(s, "no-progress"); n < 2*stuckMost {
