@@ -253,7 +253,7 @@ func TestMergeModel(t *testing.T) {
 				t.Run(fmt.Sprintf("async=%v,engine=%s,chunk=%d", async, engine, chunkSize), func(t *testing.T) {
 					worlds := uint64(6)
 					if invariant.Enabled {
-						worlds = 2
+						worlds = 1
 					}
 					for i := range worlds {
 						runMerge(t, newMerging(t, engine, async, from+i, 1<<20+77*512, chunkSize))

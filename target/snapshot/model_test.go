@@ -792,7 +792,7 @@ func TestModel(t *testing.T) {
 			steps := map[string]int{}
 			worlds := 8
 			if invariant.Enabled {
-				worlds = 3
+				worlds = 2
 			}
 			for range worlds {
 				w := newWorld(t, config, func(_ string, limit int) int { return rnd.IntN(limit) })
