@@ -33,6 +33,8 @@ func TestMain(m *testing.M) {
 	for _, name := range []string{"COWHERD_CONTROL", "NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID"} {
 		_ = os.Unsetenv(name)
 	}
+	// Else each process under the race detector that a test starts ends a second later.
+	_ = os.Setenv("GORACE", strings.TrimSpace(os.Getenv("GORACE")+" atexit_sleep_ms=0"))
 	goleak.VerifyTestMain(m, goleak.Cleanup(func(status int) {
 		removeFixtures()
 		os.Exit(status)
