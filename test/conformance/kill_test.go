@@ -197,6 +197,7 @@ const mergePart = 32 * mib
 // TestKillMerge kills the daemon while it merges a snapshot that differs from its origin everywhere, and while both are
 // written: each start goes on with it, the view is one all the while, and in the end the origin is it.
 func TestKillMerge(t *testing.T) {
+	t.Parallel()
 	v := &victim{daemon: prepare(t)}
 	v.start()
 	const size = mergePart + originPart + snapshotPart
