@@ -9,15 +9,12 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
-	"time"
 
 	"cowherd/api"
 	"cowherd/backend/file"
-	"cowherd/backend/nbd"
 	"cowherd/block"
 	"cowherd/clonemeta"
 	"cowherd/internal/size"
@@ -44,10 +41,6 @@ const (
 	batchBytes     = 1 << 20
 	// metadataSuffix is the end of the names of files that the daemon makes for metadata.
 	metadataSuffix = ".clone-metadata"
-	// sourceTimeout bounds connecting to a server, and how long it may be away; sourceConns is how many connections
-	// there are to one.
-	sourceTimeout = 30 * time.Second
-	sourceConns   = 4
 	// glance is how much of a block device must be zero for it to count as empty.
 	glance = 1 << 20
 )
@@ -69,16 +62,6 @@ type cloned struct {
 	mu sync.Mutex
 	// nil: it is no longer used.
 	source *source // +checklocks:mu
-}
-
-// source is what is cloned, while it is used.
-type source struct {
-	block.Device
-	close func() error // may be called again, and waits for the first call then
-}
-
-func newSource(d block.Device, close func() error) *source {
-	return &source{Device: d, close: sync.OnceValue(close)}
 }
 
 // Submit maps r. See block.Device.
@@ -159,14 +142,6 @@ func (x *cloned) checkSizes(destination string) error {
 		}
 	}
 	return nil
-}
-
-// sourceDevice is the device of a source; nil: there is none.
-func sourceDevice(s *source) block.Device {
-	if s == nil {
-		return nil
-	}
-	return s.Device
 }
 
 // newCloned makes a clone that nothing of is open.
@@ -383,29 +358,10 @@ func (d *Daemon) cloneEvent(name string, x *cloned, e clone.Event) {
 	}
 }
 
-// currentSource is the source; nil: it is no longer used.
-func (x *cloned) currentSource() *source {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	return x.source
-}
-
-// closeSource lets go of the source, if that has not been done.
-func (x *cloned) closeSource() error {
-	src := x.currentSource()
-	if src == nil {
-		return nil
-	}
-	err := src.close()
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	x.source = nil
-	return err
-}
-
 // Close ends a clone that nobody uses any more.
 func (x *cloned) Close() error {
-	err := x.Clone.Close()
+	err := x.breakOff()
+	err = errors.Join(err, x.Clone.Close())
 	if x.Status().Mode != clone.ReadWrite {
 		err = nil // all have been told
 	}
@@ -424,77 +380,6 @@ func (x *cloned) release() error {
 		}
 	}
 	return errors.Join(err, x.closeSource())
-}
-
-// sourceName is the name of a device or snapshot of this daemon that a source stands for, if it does.
-func sourceName(text string) (string, bool) {
-	return text, text != "" && !filepath.IsAbs(text) && !nbd.IsURI(text)
-}
-
-// openSource opens what is to be cloned.
-func (d *Daemon) openSource(name string, x *cloned) error {
-	var src *source
-	var err error
-	text := x.request.Source
-	if device, named := sourceName(text); named {
-		src, err = d.borrow(name, device)
-	} else if nbd.IsURI(text) {
-		src, err = openRemote(d.ending, text)
-	} else {
-		var b *backing
-		if b, err = d.openShared(text); err == nil {
-			src = newSource(b.leaf, b.close)
-		}
-	}
-	if err != nil {
-		return fmt.Errorf("source: %w", err)
-	}
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	x.source = src
-	return nil
-}
-
-// openRemote connects to an export.
-func openRemote(ctx context.Context, uri string) (*source, error) {
-	c, err := nbd.ParseURI(uri)
-	if err != nil {
-		return nil, invalid(err)
-	}
-	c.Connections, c.ReconnectTimeout = sourceConns, sourceTimeout
-	ctx, cancel := context.WithTimeout(ctx, sourceTimeout)
-	defer cancel()
-	opened, err := nbd.Open(ctx, c)
-	if err != nil {
-		return nil, err
-	}
-	return newSource(opened, opened.Close), nil
-}
-
-// borrow makes a clone the user of a device or snapshot of this daemon, which cannot be removed as long.
-func (d *Daemon) borrow(name, device string) (*source, error) {
-	origin, _, isSnapshot := strings.Cut(device, "@")
-	o, err := d.names.origin(origin)
-	if err != nil {
-		return nil, err
-	}
-	e := &o.entry
-	if isSnapshot {
-		s := o.snap(device)
-		if s == nil {
-			return nil, noDevice(device)
-		}
-		e = &s.entry
-	}
-	u, err := e.open(fmt.Sprintf("clone %q", name))
-	if err != nil {
-		return nil, err
-	}
-	if !isSnapshot && !e.device.Limits().ReadOnly {
-		e.release(u)
-		return nil, api.Errorf(syscall.EBUSY, "%s is written: take a snapshot of it, and clone that", device)
-	}
-	return newSource(e.device, func() error { e.release(u); return nil }), nil
 }
 
 // errNoClone is what operations on clones get for other devices.
@@ -603,6 +488,9 @@ func (d *Daemon) hydrate(o *origin, r *api.HydrationRequest) error {
 		x.SetBatch(r.Batch)
 	}
 	if r.Retry {
+		if err := x.revive(d.ending); err != nil {
+			return fmt.Errorf("the source does not come back: %w", err)
+		}
 		x.Retry()
 	}
 	if r.Running != nil {

@@ -80,13 +80,18 @@ func (h *mappedHost) openNBD(uri string) (leaf, error) {
 		return nil, invalid(err)
 	}
 	c.Connections = nbdConnections
-	where := c.URI()
-	c.OnEvent = func(e nbd.Event) {
-		h.daemon.log.Warn("NBD server: "+e.Kind.String(), "uri", where, "connection", e.Connection, "cause", causeOf(e.Err))
-	}
+	h.daemon.logRemote(&c)
 	ctx, cancel := context.WithTimeout(context.Background(), nbdOpenMax)
 	defer cancel()
 	return nbd.Open(ctx, c)
+}
+
+// logRemote has the log tell what becomes of connections to an NBD server.
+func (d *Daemon) logRemote(c *nbd.Config) {
+	where := c.URI()
+	c.OnEvent = func(e nbd.Event) {
+		d.log.Warn("NBD server: "+e.Kind.String(), "uri", where, "connection", e.Connection, "cause", causeOf(e.Err))
+	}
 }
 
 // nbdConnections is how many connections a mapped device has to an NBD server, if that allows several.

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"cowherd/api"
-	backend "cowherd/backend/nbd"
 	"cowherd/export/nbd"
 	"cowherd/kcopyd"
 	"cowherd/metrics"
@@ -166,14 +165,10 @@ func sampleClone(device string, x *cloned) metrics.CloneSample {
 // sampleRemote is the connections to a clone's source, if it is an NBD export and still used.
 func sampleRemote(device string, x *cloned) []metrics.RemoteSample {
 	src := x.currentSource()
-	if src == nil {
+	if src == nil || src.remote == nil {
 		return nil
 	}
-	remote, ok := src.Device.(*backend.Device)
-	if !ok {
-		return nil
-	}
-	st := remote.Stats()
+	st := src.remote.device.Load().Stats()
 	return []metrics.RemoteSample{{
 		Device: device, Wanted: st.Connections, Open: st.Live, InFlight: st.InFlight, Reconnects: st.Reconnects,
 	}}
