@@ -30,6 +30,8 @@ type DMDevice struct {
 	Table         []DMTarget `json:"table"`
 	InactiveTable []DMTarget `json:"inactive_table"`
 	Dependencies  []DMDep    `json:"dependencies"` // of the live table, the last mentioned first
+	// URIs are where the device is exported, one for each listening address.
+	URIs []string `json:"uris,omitempty"`
 }
 
 // DMTarget is a line of a table.

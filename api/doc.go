@@ -61,7 +61,8 @@ const (
 // CloneRequest says what a clone is made of. It is comparable.
 type CloneRequest struct {
 	// Source is what is cloned: the absolute path of an image file or a block device, an NBD URI, or the name of a
-	// snapshot, or of a device that is attached read-only, of the same daemon. It must not change.
+	// snapshot, of a device that is attached read-only, or of a mapped device with a read-only table, of the same daemon;
+	// the URI of one is taken for the name. It must not change.
 	Source string `json:"source"`
 	// Metadata is the absolute path of a file or block device that says which regions are hydrated; "": a file beside the
 	// destination, NAME.clone-metadata. A clone that it holds already is gone on with.

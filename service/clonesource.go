@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -28,6 +29,7 @@ type source struct {
 	block.Device
 	close  func() error // may be called again, and waits for the first call then
 	remote *remote      // nil: it is no export of a server
+	mapped bool         // it is a mapped device of this daemon
 }
 
 func newSource(d block.Device, close func() error) *source {
@@ -97,6 +99,37 @@ type remote struct {
 	config nbd.Config
 	device atomic.Pointer[nbd.Device]
 	closed atomic.Bool
+}
+
+// ownName is the name of the device or snapshot that a source is, if that is the URI of an export of this daemon; any other
+// source is returned as it is. Over a connection to itself a daemon that is started anew would wait for its own answer.
+func (d *Daemon) ownName(source string) string {
+	if !nbd.IsURI(source) {
+		return source
+	}
+	c, err := nbd.ParseURI(source)
+	if err != nil || c.Export == "" {
+		return source // who opens it says what is wrong
+	}
+	for _, l := range d.nbd {
+		if a := l.Addr(); a.Network() == c.Network && sameAddress(c.Network, a.String(), c.Address) {
+			return c.Export
+		}
+	}
+	return source
+}
+
+// sameAddress tells whether two addresses of a network are the same, as far as that can be seen.
+func sameAddress(network, a, b string) bool {
+	if network != "unix" {
+		return a == b
+	}
+	x, err := os.Stat(a)
+	if err != nil {
+		return a == b
+	}
+	y, err := os.Stat(b)
+	return err == nil && os.SameFile(x, y)
 }
 
 // openRemote connects to an export. What becomes of its connections is in the log.
@@ -176,10 +209,10 @@ func (x *cloned) revive(ctx context.Context) error {
 }
 
 // breakOff ends copies from a server, before the clone is suspended, which waits for them: the server may be away, and be
-// waited for for long. A server that is there gets time for what it is at.
+// waited for for long. A server that is there gets time for what it is at. A mapped device is let go of likewise.
 func (x *cloned) breakOff() error {
 	src := x.currentSource()
-	if src == nil || src.remote == nil {
+	if src == nil || src.remote == nil && !src.mapped {
 		return nil
 	}
 	x.SetHydration(false)
@@ -190,6 +223,9 @@ func (x *cloned) breakOff() error {
 func (d *Daemon) borrow(name, device string) (*source, error) {
 	origin, _, isSnapshot := strings.Cut(device, "@")
 	o, err := d.names.origin(origin)
+	if err != nil && !isSnapshot {
+		return d.borrowMapped(name, device)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -210,4 +246,57 @@ func (d *Daemon) borrow(name, device string) (*source, error) {
 		return nil, api.Errorf(syscall.EBUSY, "%s is written: take a snapshot of it, and clone that", device)
 	}
 	return newSource(e.device, func() error { e.release(u); return nil }), nil
+}
+
+// borrowMapped makes a clone the user of a mapped device. Its table may change all the same, as its source may not.
+func (d *Daemon) borrowMapped(name, device string) (*source, error) {
+	h, err := d.mapper.Open(device, fmt.Sprintf("clone %q", name))
+	if err != nil {
+		return nil, noDevice(device)
+	}
+	if !h.Device().Limits().ReadOnly {
+		h.Close()
+		return nil, api.Errorf(syscall.EBUSY, "%s can be written: load its table as read-only (cowherd dm create --readonly)", device)
+	}
+	s := newSource(h.Device(), func() error { h.Close(); return nil })
+	s.mapped = true
+	return s, nil
+}
+
+// mappedSource is whether an origin that is live is a clone that needs a mapped device, or a clone of one that does.
+func (d *Daemon) mappedSource(o *origin) bool {
+	if o.cloned == nil {
+		return false
+	}
+	switch src := o.cloned.currentSource(); {
+	case src == nil:
+		return false
+	case src.mapped:
+		return true
+	}
+	text, named := sourceName(o.cloned.request.Source)
+	below, _, _ := strings.Cut(text, "@")
+	if !named {
+		return false
+	}
+	lower, err := d.names.origin(below)
+	return err == nil && d.mappedSource(lower)
+}
+
+// letMappedGo has a clone let go of a mapped device while the daemon stops, so that this can be removed.
+func (d *Daemon) letMappedGo(ctx context.Context, o *origin) error {
+	if err := o.lock(ctx); err != nil {
+		return nil // it is gone, or somebody tells who closes it
+	}
+	defer o.unlock()
+	if o.cloned == nil {
+		return nil
+	}
+	if src := o.cloned.currentSource(); src == nil || !src.mapped {
+		return nil
+	}
+	if s := o.merging(); s != nil {
+		s.merge.Load().Stop()
+	}
+	return o.cloned.breakOff()
 }

@@ -115,3 +115,88 @@ func TestCloneSourceBack(t *testing.T) {
 		t.Error("the destination is no copy")
 	}
 }
+
+// loadMapped gives a mapped device a live table.
+func loadMapped(t testing.TB, client *api.Client, name, table string, readOnly bool) error {
+	t.Helper()
+	err := client.DMLoad(t.Context(), name, api.DMTable{Table: table, ReadOnly: readOnly})
+	if err == nil {
+		err = client.DMSuspend(t.Context(), name, api.DMSuspend{})
+	}
+	return err
+}
+
+// TestCloneOfMapped: a mapped device that nobody can write is cloned by its name, and is the clone's until that has
+// detached it. It ends with the daemon, and the clone comes back when it does.
+func TestCloneOfMapped(t *testing.T) {
+	c := testConfig(t)
+	d := startDaemon(t, c)
+	client := api.NewClient(c.Control)
+	defer client.Close()
+	src, dest := image(t, cloneBytes), filepath.Join(t.TempDir(), "web.img")
+	want := append(readFile(t, src)[cloneBytes/2:], readFile(t, src)[:cloneBytes/2]...)
+	table := "0 1024 linear " + src + " 1024\n1024 1024 linear " + src + " 0"
+	r := api.AttachRequest{Name: "web", Device: dest, Clone: api.CloneRequest{Source: "turned", NoHydration: true}}
+	_, err := d.Attach(r)
+	wantErrno(t, err, syscall.ENOENT, `"turned"`)
+	mustMap(t, client, "turned", table)
+	_, err = d.Attach(r)
+	wantErrno(t, err, syscall.EBUSY, "--readonly")
+	if err := loadMapped(t, client, "turned", table, true); err != nil {
+		t.Fatal(err)
+	}
+	if _, err = d.Attach(r); err != nil {
+		t.Fatal(err)
+	}
+	put(t, d, "web", 5, pattern(1, 1))
+	copy(want[5*4096:], pattern(1, 1))
+	if !bytes.Equal(get(t, d, "web", cloneBytes), want) {
+		t.Error("the clone does not show its source")
+	}
+	wantErrno(t, client.DMRemove(t.Context(), "turned", false), syscall.EBUSY, `clone "web"`)
+	wantErrno(t, loadMapped(t, client, "turned", "0 8 linear web 0", true), syscall.ELOOP, "lie on itself")
+	take(t, d, api.SnapshotRequest{Name: "web@s"})
+	makeClone(t, d, "second", dest+"2", api.CloneRequest{Source: "web@s", NoHydration: true})
+	wantErrno(t, loadMapped(t, client, "turned", "0 8 linear second 0", true), syscall.ELOOP, "lie on itself")
+	stopDaemon(t, d) // in good order, whoever is on whom
+
+	d = startDaemon(t, c)
+	wantState(t, d, "web", api.StateLost)
+	mustMap(t, client, "turned", table)
+	if err := loadMapped(t, client, "turned", table, true); err != nil {
+		t.Fatal(err)
+	}
+	if _, err = d.Attach(r); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(get(t, d, "web", cloneBytes), want) {
+		t.Error("after a restart it shows something else")
+	}
+	running := true
+	if _, err := d.Hydrate(t.Context(), "web", api.HydrationRequest{Running: &running}); err != nil {
+		t.Fatal(err)
+	}
+	waitEvent(t, d, api.EventSourceDetached, "web")
+	if err := loadMapped(t, client, "turned", "0 8 linear web 0", true); err != nil {
+		t.Errorf("a table on a clone that is detached: %v", err)
+	}
+}
+
+// TestCloneOfOwnExport: the URI of an export of the same daemon is taken for the name, so that a restart does not wait for
+// itself.
+func TestCloneOfOwnExport(t *testing.T) {
+	c := testConfig(t)
+	d := startDaemon(t, c)
+	attach(t, d, "vm", image(t, cloneBytes))
+	take(t, d, api.SnapshotRequest{Name: "vm@s", Persistent: true, ReadOnly: true})
+	x := makeClone(t, d, "a", filepath.Join(t.TempDir(), "a"), api.CloneRequest{
+		Source: d.exports.uris("vm@s")[0], NoHydration: true,
+	})
+	if x.Clone.Source != "vm@s" {
+		t.Errorf("its source is %q", x.Clone.Source)
+	}
+	stopDaemon(t, d)
+	d = startDaemon(t, c)
+	wantState(t, d, "a", api.StateLive)
+	wantErrno(t, d.RemoveSnapshot(t.Context(), "vm@s", false), syscall.EBUSY, `clone "a"`)
+}

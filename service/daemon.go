@@ -280,8 +280,12 @@ func (d *Daemon) endStalls() {
 // releaseAll closes the mapped devices, which may lie on others, and all origins with their snapshots, each origin by
 // itself.
 func (d *Daemon) releaseAll(ctx context.Context) error {
-	mapped := d.mapper.Close(ctx)
 	origins := d.names.all()
+	var mapped error
+	for _, o := range origins {
+		mapped = errors.Join(mapped, d.letMappedGo(ctx, o))
+	}
+	mapped = errors.Join(mapped, d.mapper.Close(ctx))
 	errs := make([]error, len(origins))
 	var wait sync.WaitGroup
 	for i, o := range origins {

@@ -77,7 +77,9 @@ func (d *Daemon) MappedDevices() []api.DMDevice {
 	devices := []api.DMDevice{}
 	for _, name := range d.mapper.Names() {
 		if info, err := d.mapper.Info(name); err == nil {
-			devices = append(devices, describeMapped(&info))
+			x := describeMapped(&info)
+			x.URIs = d.exports.uris(name)
+			devices = append(devices, x)
 		}
 	}
 	for _, x := range d.Devices() {
@@ -136,7 +138,7 @@ func (d *Daemon) describeManaged(e *entry, x *api.Device) api.DMDevice {
 	y := api.DMDevice{
 		Name: x.Name, Major: dm.Major, Minor: d.managedMinor(x.Name), SizeBytes: x.SizeBytes,
 		Suspended: e.device.Suspended(), ReadOnly: x.ReadOnly, Live: true, Managed: true, Open: e.userCount(),
-		InactiveTable: []api.DMTarget{}, Dependencies: []api.DMDep{},
+		InactiveTable: []api.DMTarget{}, Dependencies: []api.DMDep{}, URIs: x.URIs,
 	}
 	words := strings.Fields(x.TargetTable)
 	y.Table = []api.DMTarget{{

@@ -180,6 +180,12 @@ func (h *mappedHost) openManaged(name, user string) (dm.Lower, error) {
 	if err != nil {
 		return dm.Lower{}, err
 	}
+	origin, _, _ := strings.Cut(name, "@")
+	if o, err := h.daemon.names.origin(origin); err == nil && h.daemon.mappedSource(o) {
+		e.release(u)
+		return dm.Lower{}, api.Errorf(syscall.ELOOP, "%s is a clone of a mapped device, and might lie on itself by way of a table: "+
+			"detach its source first", origin)
+	}
 	return dm.Lower{
 		Lower: target.Lower{Device: e.device, Name: target.Name(name)}, Major: dm.Major, Minor: h.daemon.managedMinor(name),
 		Close: func() error { e.release(u); return nil },

@@ -90,6 +90,7 @@ func (d *Daemon) Attach(r api.AttachRequest) (api.Device, error) {
 	if err := checkName("device", r.Name); err != nil {
 		return api.Device{}, err
 	}
+	r.Clone.Source = d.ownName(r.Clone.Source)
 	o, err := d.attach(savedDevice{Request: r, Since: time.Now().UTC()})
 	if err != nil {
 		return api.Device{}, fmt.Errorf("attach %q: %w", r.Name, err)

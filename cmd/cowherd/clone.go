@@ -19,7 +19,7 @@ type cloneCmd struct {
 	outputFlags
 	Name        string    `arg:"" help:"Name of the clone, and of its export."`
 	Destination string    `arg:"" optional:"" complete:"file" help:"Where the clone ends up: an image file, which is made if there is none, or a block device."`
-	From        string    `placeholder:"SRC" complete:"any" help:"What is cloned, and must not change: an image file, a block device, an NBD URI, or the name of a snapshot or of a device that is attached read-only."`
+	From        string    `placeholder:"SRC" complete:"any" help:"What is cloned, and must not change: an image file, a block device, an NBD URI, or the name of a snapshot, or of a device that nobody can write."`
 	RegionSize  size.Size `placeholder:"SIZE" help:"Unit of copying, a power of two from 4k to 1G (64k). A clone that is gone on with has its own."`
 	Metadata    string    `placeholder:"FILE" complete:"file" help:"Where it is noted what has been copied: a file or block device (DST.clone-metadata). A clone that is noted there is gone on with."`
 	Overwrite   bool      `help:"Let the clone take the place of whatever the destination holds."`
@@ -98,7 +98,7 @@ func sourceArgument(ctx context.Context, client *api.Client, source string) (str
 	if strings.ContainsRune(source, filepath.Separator) {
 		return absolute(source)
 	}
-	_, err := client.Device(ctx, source)
+	_, err := liveDevice(ctx, client, source)
 	known, unknown := err == nil, errors.Is(err, syscall.ENOENT)
 	if !known && !unknown {
 		return "", err

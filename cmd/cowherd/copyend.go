@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strings"
 	"syscall"
 
@@ -55,6 +54,8 @@ func (c *copyCmd) findEnd(ctx context.Context, s *session, name string, destinat
 		case destination && !c.Force:
 			return nil, fmt.Errorf("%s is a live device: --force overwrites it; .%c%s is a file: %w", name, filepath.Separator, name,
 				syscall.EEXIST)
+		case live.SizeBytes == 0 && live.Lost == "":
+			return nil, fmt.Errorf("%s is a mapped device without a live table", name)
 		case len(live.URIs) == 0:
 			return nil, fmt.Errorf("%s is a live device that the daemon does not export", name)
 		}
@@ -65,9 +66,6 @@ func (c *copyCmd) findEnd(ctx context.Context, s *session, name string, destinat
 		return e, err
 	}
 	if err != nil {
-		if mapped := checkMapped(ctx, s, name); mapped != nil {
-			return nil, mapped
-		}
 		if !destination || !errors.Is(err, os.ErrNotExist) {
 			return nil, err
 		}
@@ -118,7 +116,7 @@ func findLive(ctx context.Context, s *session, name string) (device api.Device, 
 		return device, false
 	}
 	defer client.Close()
-	device, err := client.Device(ctx, name)
+	device, err := liveDevice(ctx, client, name)
 	return device, err == nil
 }
 
@@ -262,24 +260,6 @@ func standsOn(path string) []string {
 		list = append(list, strings.TrimSuffix(string(backing), "\n"))
 	}
 	return list
-}
-
-// checkMapped refuses the name of a mapped device of the daemon, which is exported but not listed with its URIs: a file
-// of that name is not what is meant.
-func checkMapped(ctx context.Context, s *session, name string) error {
-	if strings.ContainsRune(name, filepath.Separator) {
-		return nil
-	}
-	client := s.clientIfThere()
-	if client == nil {
-		return nil
-	}
-	defer client.Close()
-	devices, err := client.DMDevices(ctx)
-	if err == nil && slices.ContainsFunc(devices, func(d api.DMDevice) bool { return d.Name == name }) {
-		return fmt.Errorf("%s is a mapped device: name its NBD URI, or .%c%s for a file", name, filepath.Separator, name)
-	}
-	return nil
 }
 
 // mode is the permissions of a new image: those of the source, without the right to execute it.

@@ -315,6 +315,10 @@ func TestClone(t *testing.T) {
 	if got, err := os.ReadFile("second.img"); err != nil || !bytes.Equal(got, data) {
 		t.Errorf("the copy of the copy is none: %v", err)
 	}
+	cowherd(t, "dm", "create", "mapped", "--table", "0 8 zero").want(t, exitOK, "", "")
+	cowherd(t, "clone", "fourth", "--from", "mapped", "fourth.img").want(t, exitError, "", "mapped can be written")
+	cowherd(t, "dm", "create", "fixed", "--readonly", "--table", "0 8 zero").want(t, exitOK, "", "")
+	cowherd(t, "clone", "fourth", "--from", "fixed", "fourth.img").want(t, exitOK, "fourth: cloned from fixed, 4 KiB", "")
 	cowherd(t, "events", "--no-follow").want(t, exitOK, "clone-hydrated       second\n", "")
 	cowherd(t, "events", "--no-follow").want(t, exitOK, "source-detached      third\n", "")
 	cowherd(t, "detach", "second").want(t, exitOK, "second: detached", "")
