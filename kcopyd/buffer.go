@@ -20,8 +20,9 @@ const (
 // The largest class is a sub-job's piece.
 var _ [0]struct{} = [SubJobSize - 1<<(classShift+classCount-1)]struct{}{}
 
-// zeroes is what zeroing writes to devices that cannot write zeroes by themselves. Nobody writes to it.
-var zeroes = alignedMemory(SubJobSize)
+// zeroes is what zeroing writes to devices that cannot write zeroes by themselves. Nobody writes to it. It is made at its
+// first use: few commands of the program have one.
+var zeroes = sync.OnceValue(func() []byte { return alignedMemory(SubJobSize) })
 
 // A buffer has one owner: the sub-job that uses it, or the shard in whose list it is free.
 type buffer struct {

@@ -29,7 +29,7 @@ func TestClassOf(t *testing.T) {
 			t.Errorf("the aligned part is %d bytes, %d off the alignment", len(m), misalignment(m))
 		}
 	}
-	if misalignment(zeroes) != 0 || len(zeroes) != SubJobSize {
+	if misalignment(zeroes()) != 0 || len(zeroes()) != SubJobSize {
 		t.Error("the zero buffer is not aligned")
 	}
 }

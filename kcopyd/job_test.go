@@ -140,7 +140,7 @@ func TestZeroes(t *testing.T) {
 				}
 			}
 		}
-		if !all(zeroes, 0) {
+		if !all(zeroes(), 0) {
 			t.Fatal("the zero buffer was written to")
 		}
 	})

@@ -252,7 +252,7 @@ func (s *subJob) write() bool {
 	case j.From.Device != nil:
 		data = s.buf.bytes(s.length)
 	case st.op == block.OpWrite:
-		data = zeroes[:s.length]
+		data = zeroes()[:s.length]
 	}
 	s.barrier.open(len(j.To))
 	s.submit(&s.req, st.op, &j.To[0], data)

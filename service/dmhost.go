@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -49,14 +48,14 @@ type sharedLeaf struct {
 // nbdOpenMax is how long connecting to an NBD server may take.
 const nbdOpenMax = 30 * time.Second
 
-// numbered is how a block device is named by its numbers.
-var numbered = regexp.MustCompile(`^[0-9]+:[0-9]+$`)
+// isNumber tells whether s is decimal digits, as a block device's numbers are given.
+func isNumber(s string) bool { return s != "" && strings.Trim(s, "0123456789") == "" }
 
 // Open is dm.Host's.
 func (h *mappedHost) Open(arg string, _ bool, user string) (dm.Lower, error) {
 	kind, rest, special := strings.Cut(arg, ":")
 	switch {
-	case numbered.MatchString(arg):
+	case isNumber(kind) && isNumber(rest):
 		return h.openShared("/dev/block/"+arg, arg)
 	case special && kind == "mem":
 		made, err := openMem(rest)

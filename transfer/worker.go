@@ -217,8 +217,14 @@ type call struct {
 	done chan error
 }
 
+// syncer is a device that flushes on the caller's goroutine. It is an optional power of a destination.
+type syncer interface{ Sync() error }
+
 // flush makes durable what d has completed.
 func flush(d block.Device) error {
+	if s, ok := d.(syncer); ok {
+		return s.Sync()
+	}
 	c := call{done: make(chan error, 1)}
 	c.set(block.OpFlush, 0, 0, 0, 0, nil)
 	d.Submit(&c.r)

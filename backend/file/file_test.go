@@ -498,6 +498,9 @@ func TestClose(t *testing.T) {
 			t.Errorf("%v after Close: %v, want ESHUTDOWN", op, err)
 		}
 	}
+	if err := d.Sync(); block.Errno(err) != syscall.ESHUTDOWN {
+		t.Errorf("sync after Close: %v, want ESHUTDOWN", err)
+	}
 	if err := d.Extents(0, 4096, func(block.Extent) bool { return true }); !errors.Is(err, errClosed) {
 		t.Errorf("extents after Close: %v", err)
 	}

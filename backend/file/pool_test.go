@@ -186,9 +186,11 @@ func TestFlushCoalesces(t *testing.T) {
 // TestFailedFlush: after a failed fdatasync nothing is written and nothing is tried again, but reads go on.
 func TestFailedFlush(t *testing.T) {
 	leaks(t)
-	for _, inMemory := range []bool{false, true} {
+	for i, flush := range []func(d *Device) error{
+		func(d *Device) error { return block.Flush(d) }, func(d *Device) error { return block.Flush(d) }, (*Device).Sync,
+	} {
 		d := onDisk(t, 4096)
-		d.inMemory = inMemory
+		d.inMemory = i == 1
 		var calls, writes atomic.Int64
 		d.sys.fdatasync = func(int) error {
 			calls.Add(1)
@@ -202,7 +204,7 @@ func TestFailedFlush(t *testing.T) {
 			return len(p), nil
 		}
 		for i := range 3 {
-			err := block.Flush(d)
+			err := flush(d)
 			if !failedFor(err, unix.ENOSPC) || !strings.Contains(err.Error(), d.Path()) {
 				t.Errorf("flush %d: %v, want EIO with the cause and the path", i, err)
 			}
