@@ -1,7 +1,9 @@
 package bench
 
 import (
+	"errors"
 	"fmt"
+	"math"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -10,13 +12,18 @@ import (
 
 	"cowherd/block"
 	"cowherd/internal/percpu"
+	"cowherd/kcopyd"
 )
 
 // latencyMax bounds the histogram: ten seconds, in nanoseconds.
 const latencyMax = int64(10 * time.Second)
 
-// job is one submitter: a goroutine on a queue of its own that keeps depth requests in flight until each offset of
-// its list has been written (or read) once.
+// counter is a counter of one queue.
+type counter = atomic.Uint64
+
+// job is one submitter: a goroutine on a queue of its own that keeps depth requests in flight. It goes through the
+// offsets of its list, from the beginning again at their end, until it has submitted limit requests or its time is over.
+// What began before the time from is not measured.
 //
 // A completion may come on any goroutine; it pushes the op on a stack that the job empties, and wakes the job only if
 // it sleeps. All completions take this way, whatever the device and the engine.
@@ -28,6 +35,15 @@ type job struct {
 	offsets []uint32 // in units of stride
 	stride  int64    // bytes
 	epoch   time.Time
+
+	next, sent, limit int
+	from, until       int64  // nanoseconds since epoch
+	reads             uint64 // of 1<<32 requests so many are reads, whatever op says
+	random            uint64 // state of the generator that picks them
+	written           int64  // bytes of writes that were submitted
+	interval          float64
+	spun              time.Duration // that a paced job has busily waited
+	copies            *copies       // requests are jobs of an engine; nil: of device
 
 	ops      []op
 	finished atomic.Pointer[op]
@@ -46,19 +62,28 @@ type op struct {
 	start, end int64 // nanoseconds since the job's epoch
 	err        error
 	next       *op
+	copy       kcopyd.Job
+	to         [1]kcopyd.Region
 	_          percpu.Pad
 }
 
+// newJob makes a job that goes over its offsets once. Without a device it has no data: its requests are copies.
 func newJob(device block.Device, queue block.Queue, depth int, what block.Op, size, stride int64, offsets []uint32) *job {
 	j := &job{
 		device: device, queue: queue, op: what, size: size, stride: stride, offsets: offsets,
-		ops: make([]op, depth), wake: make(chan struct{}, 1),
+		ops: make([]op, depth), wake: make(chan struct{}, 1), limit: len(offsets), until: math.MaxInt64,
 		latency: hdrhistogram.New(1, latencyMax, 3),
 	}
-	data := make([]byte, size*int64(depth))
+	var data []byte
+	if device != nil {
+		data = make([]byte, size*int64(depth))
+	}
 	for i := range j.ops {
 		o := &j.ops[i]
 		o.job = j
+		if device == nil {
+			continue
+		}
 		o.r.Data = data[int64(i)*size : int64(i+1)*size]
 		for k := range o.r.Data {
 			o.r.Data[k] = byte(i + k)
@@ -93,9 +118,13 @@ func (j *job) run() {
 		j.ops[i].next = idle
 		idle = &j.ops[i]
 	}
+	if j.interval > 0 {
+		j.runPaced(idle)
+		return
+	}
 	inflight, now := 0, j.now()
-	for j.err == nil && (len(j.offsets) > 0 || inflight > 0) {
-		if idle == nil || len(j.offsets) == 0 {
+	for j.err == nil && (j.more(now) || inflight > 0) {
+		if idle == nil || !j.more(now) {
 			idle, inflight = j.reap(j.harvest(), idle, inflight)
 			now = j.now()
 			continue
@@ -117,14 +146,39 @@ func (j *job) run() {
 	}
 }
 
+// more tells whether there is anything left to submit at time now. A job that gets a CPU only after its time is over
+// submits one request all the same.
+func (j *job) more(now int64) bool { return j.sent < j.limit && (now < j.until || j.sent == 0) }
+
 // submit sends o to the job's next offset at time now.
 func (j *job) submit(o *op, now int64) {
 	o.r.Op, o.r.Queue = j.op, j.queue
-	o.r.Offset, o.r.Length = int64(j.offsets[0])*j.stride, j.size
-	j.offsets = j.offsets[1:]
+	if j.reads > 0 && j.read() {
+		o.r.Op = block.OpRead
+	}
+	o.r.Offset, o.r.Length = int64(j.offsets[j.next])*j.stride, j.size
+	if j.next++; j.next == len(j.offsets) {
+		j.next = 0
+	}
+	j.sent++
 	o.start = now
+	if j.copies != nil {
+		j.copies.submit(o)
+		return
+	}
+	if o.r.Op == block.OpWrite {
+		j.written += j.size
+	}
 	o.r.Push(o)
 	j.device.Submit(&o.r)
+}
+
+// read picks whether the next request is a read, by a generator of xorshift's kind.
+func (j *job) read() bool {
+	j.random ^= j.random << 13
+	j.random ^= j.random >> 7
+	j.random ^= j.random << 17
+	return j.random&math.MaxUint32 < j.reads
 }
 
 // reap records the finished ops and adds them to the idle ones.
@@ -158,36 +212,58 @@ func (j *job) record(o *op) {
 	if o.err != nil && j.err == nil {
 		j.err = fmt.Errorf("job %d: %w", j.queue, o.err)
 	}
+	if o.start < j.from {
+		return
+	}
 	// A latency beyond the histogram's end counts as its end.
 	_ = j.latency.RecordValue(min(max(o.end-o.start, 1), latencyMax))
 }
 
 // measurement is the outcome of jobs that ran together.
 type measurement struct {
-	elapsed time.Duration
-	count   int
+	elapsed time.Duration // that is measured
+	count   int           // of requests that are
 	latency *hdrhistogram.Histogram
+	cpu     time.Duration // of the whole process meanwhile
+	spun    time.Duration // of it, what paced jobs waited
+	sent    int           // all requests, and the bytes of their writes
+	written int64
+	each    []int // requests that are measured, by job
 }
+
+// errWarmup is the error of a run that was over before anything was measured.
+var errWarmup = errors.New("the run ended within its warm-up")
 
 // runJobs runs jobs at the same time and waits for all.
 func runJobs(jobs []*job) (measurement, error) {
 	m := measurement{latency: hdrhistogram.New(1, latencyMax, 3)}
-	for _, j := range jobs {
-		m.count += len(j.offsets)
-	}
 	var wg sync.WaitGroup
+	before := processorTime()
 	epoch := time.Now()
 	for _, j := range jobs {
 		j.epoch = epoch
 		wg.Go(j.run)
 	}
+	warm := time.Duration(jobs[0].from)
+	if warm > 0 {
+		time.Sleep(warm)
+		before = processorTime()
+	}
 	wg.Wait()
-	m.elapsed = time.Since(epoch)
+	m.elapsed = time.Since(epoch) - warm
+	m.cpu = processorTime() - before
 	for _, j := range jobs {
 		m.latency.Merge(j.latency)
+		m.spun += j.spun
+		m.sent += j.sent
+		m.written += j.written
+		m.each = append(m.each, int(j.latency.TotalCount()))
 		if j.err != nil {
 			return m, j.err
 		}
+	}
+	if m.count = int(m.latency.TotalCount()); m.count == 0 {
+		return m, errWarmup
 	}
 	return m, nil
 }
