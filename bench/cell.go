@@ -55,6 +55,8 @@ type Cell struct {
 	Compare     string        `json:"compare,omitempty"`
 	Against     string        `json:"against,omitempty"`
 	Counted     bool          `json:"counted,omitempty"`
+
+	label string // see labelCells
 }
 
 // defaultCell is what a plan begins with.
@@ -303,6 +305,45 @@ func (c *Cell) check() error {
 		return fmt.Errorf("counted: not with device = %q", c.Device)
 	}
 	return nil
+}
+
+// Label tells the cell from the others of its plan: its name, and the fields in which those of that name differ.
+func (c *Cell) Label() string {
+	if c.label == "" {
+		return c.Name
+	}
+	return c.label
+}
+
+// labelCells gives each cell its label.
+func labelCells(cells []*Cell) {
+	named := map[string][]*Cell{}
+	for _, c := range cells {
+		c.label = c.Name
+		named[c.Name] = append(named[c.Name], c)
+	}
+	for _, f := range fields {
+		for _, list := range named {
+			if !differ(list, f) {
+				continue
+			}
+			for _, c := range list {
+				text := f.value(c).String()
+				if f.used != nil && !f.used(c) || text == c.Name {
+					continue
+				}
+				if _, ok := f.value(c).(choice); !ok || f.key == "offload" || f.key == "writes" {
+					text = f.key + " " + text
+				}
+				c.label += ", " + text
+			}
+		}
+	}
+}
+
+// differ tells whether cells differ in a field.
+func differ(cells []*Cell, f field) bool {
+	return slices.ContainsFunc(cells, func(c *Cell) bool { return f.value(c).String() != f.value(cells[0]).String() })
 }
 
 // blocksMax bounds the blocks of a range: each takes four bytes of a job's list.

@@ -25,6 +25,7 @@ type sampled struct {
 	bytes   int64 // of them
 	latency *hdrhistogram.Histogram
 	cpu     time.Duration // of the process, less what the harness took
+	harness float64       // nanoseconds of it for each operation
 	written int64         // bytes that the jobs wrote, the warm-up included
 	writes  int64         // and requests
 	stats   kcopyd.Stats  // of all engines together; only what is counted up

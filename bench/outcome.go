@@ -18,8 +18,8 @@ type Outcome struct {
 	Command  string       `json:"command"` // that made it
 	Seed     uint64       `json:"seed"`
 	Machine  Machine      `json:"machine"`
-	Cells    []CellResult `json:"cells"`
-	Compared []Comparison `json:"comparisons"`
+	Cells    []CellResult `json:"results"`
+	Compared []Comparison `json:"ratios"`
 }
 
 // Machine is where it was measured.
@@ -133,15 +133,19 @@ type Percentile struct {
 // Comparison is a quantity of a cell as a ratio to that of another one: over pairs of runs, each from the same half of a
 // repetition.
 type Comparison struct {
-	Quantity string `json:"quantity"`
-	Of       string `json:"of"` // labels
-	To       string `json:"to"`
-	What     string `json:"what"` // in short
-	Jobs     int    `json:"jobs,omitempty"`
-	Depth    int    `json:"depth,omitempty"`
-	Ratio    Figure `json:"ratio"`
-	Pairs    int    `json:"pairs"`
-	of, to   *Cell
+	What     string  `json:"what"` // in short
+	Quantity string  `json:"quantity"`
+	Of       string  `json:"of"` // labels
+	To       string  `json:"to"`
+	Name     string  `json:"name"` // What and Quantity
+	Device   string  `json:"device"`
+	Jobs     int     `json:"jobs,omitempty"`
+	Depth    int     `json:"depth,omitempty"`
+	Value    float64 `json:"value"` // the median
+	Min      float64 `json:"min"`
+	Max      float64 `json:"max"`
+	Pairs    int     `json:"pairs"`
+	of       *Cell
 }
 
 const us = 1000.0
@@ -152,7 +156,7 @@ var quantities = []struct {
 	value func(s *sampled) float64
 	set   func(r *CellResult) *Figure
 }{
-	{"ops/s", func(s *sampled) float64 { return float64(s.count) / s.elapsed.Seconds() }, func(r *CellResult) *Figure { return &r.Ops }},
+	{"iops", func(s *sampled) float64 { return float64(s.count) / s.elapsed.Seconds() }, func(r *CellResult) *Figure { return &r.Ops }},
 	{"bytes/s", func(s *sampled) float64 { return float64(s.bytes) / s.elapsed.Seconds() }, func(r *CellResult) *Figure { return &r.Bytes }},
 	{"mean latency", func(s *sampled) float64 { return s.latency.Mean() / us }, func(r *CellResult) *Figure { return &r.Mean }},
 	{"p50 latency", quantile(50), func(r *CellResult) *Figure { return &r.P50 }},
@@ -166,7 +170,7 @@ var quantities = []struct {
 }
 
 // comparedQuantities are those of which ratios are told.
-var comparedQuantities = []string{"ops/s", "mean latency", "p50 latency", "p99 latency", "CPU/op"}
+var comparedQuantities = []string{"iops", "mean latency", "p50 latency", "p99 latency", "CPU/op"}
 
 func quantile(q float64) func(s *sampled) float64 {
 	return func(s *sampled) float64 { return float64(s.latency.ValueAtQuantile(q)) / us }
@@ -230,6 +234,9 @@ func (o *Outcome) compare(c, base *Cell, samples map[*Cell][]*sampled) {
 		}
 		var ratios []float64
 		for i := range pairs {
+			if q.name == "CPU/op" && (samples[c][i].cpuDoubtful() || samples[base][i].cpuDoubtful()) {
+				continue
+			}
 			if r := q.value(samples[c][i]) / q.value(samples[base][i]); !math.IsNaN(r) && !math.IsInf(r, 0) {
 				ratios = append(ratios, r)
 			}
@@ -237,11 +244,18 @@ func (o *Outcome) compare(c, base *Cell, samples map[*Cell][]*sampled) {
 		if len(ratios) == 0 {
 			continue // nothing was measured to compare: the processor time of a run that took none
 		}
+		what, f := difference(c, base), figure(ratios)
 		o.Compared = append(o.Compared, Comparison{
-			Quantity: q.name, Of: c.Label(), To: base.Label(), What: difference(c, base), Jobs: c.Jobs, Depth: c.Depth,
-			Ratio: figure(ratios), Pairs: len(ratios), of: c, to: base,
+			What: what, Quantity: q.name, Of: c.Label(), To: base.Label(), Name: what + " " + q.name, Device: c.Device, Jobs: c.Jobs,
+			Depth: c.Depth, Value: f.Median, Min: f.Min, Max: f.Max, Pairs: len(ratios), of: c,
 		})
 	}
+}
+
+// cpuDoubtful tells whether the processor time of an operation is less than the harness's own, so that what is left of it
+// is mostly the error of both.
+func (s *sampled) cpuDoubtful() bool {
+	return float64(s.cpu) < s.harness*float64(s.count) || s.cpu == 0
 }
 
 // difference is c/base in short.

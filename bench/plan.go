@@ -235,6 +235,7 @@ func (p *Plan) Cells() ([]*Cell, error) {
 			}
 		}
 	}
+	labelCells(cells)
 	return cells, p.checkAgainst(cells)
 }
 

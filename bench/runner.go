@@ -10,10 +10,8 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
-	"strings"
 	"time"
 
-	"cowherd/internal/size"
 	"cowherd/kcopyd"
 )
 
@@ -213,7 +211,7 @@ func (x *Runner) measure(c *Cell, k *kit, b *stack, l *load) (*sampled, error) {
 	}
 	s := &sampled{
 		elapsed: m.elapsed, count: int64(m.count), bytes: int64(m.count) * c.Block, latency: m.latency, written: m.written,
-		writes: m.written / c.Block, cpu: max(0, m.cpu-m.spun-time.Duration(harness*float64(m.count))),
+		writes: m.written / c.Block, harness: harness, cpu: max(0, m.cpu-m.spun-time.Duration(harness*float64(m.count))),
 	}
 	s.stats, s.queues = statsOf(b.engines)
 	subStats(&s.stats, stats)
@@ -333,24 +331,4 @@ func (s *sampled) countIO(k *kit, before []ioCount) {
 		}
 		s.io, s.roles = append(s.io, total), append(s.roles, k.counts[i].role)
 	}
-}
-
-// Label tells the cell for people: its name and what a plan is likely to vary.
-func (c *Cell) Label() string {
-	parts := []string{c.Name}
-	for _, part := range []string{c.Engine, c.Device} {
-		if part != "" {
-			parts = append(parts, part)
-		}
-	}
-	if c.Offload != "" && c.Offload != offloadOff {
-		parts = append(parts, "offload "+c.Offload)
-	}
-	if c.Block > 0 {
-		parts = append(parts, size.Exact(c.Block))
-	}
-	if c.Jobs > 0 {
-		parts = append(parts, fmt.Sprintf("%d jobs, depth %d", c.Jobs, c.Depth))
-	}
-	return strings.Join(parts, ", ")
 }

@@ -71,8 +71,8 @@ func TestRatios(t *testing.T) {
 		a: {run(10), run(40), run(90), run(100)},
 		b: {run(10), run(20), run(30), run(200)},
 	})
-	i := slices.IndexFunc(o.Compared, func(c Comparison) bool { return c.Quantity == "ops/s" })
-	if c := o.Compared[i]; c.Ratio != (Figure{Median: 1.5, Min: 0.5, Max: 3}) || c.Pairs != 4 || c.What != "a/b" {
+	i := slices.IndexFunc(o.Compared, func(c Comparison) bool { return c.Quantity == "iops" })
+	if c := o.Compared[i]; c.Value != 1.5 || c.Min != 0.5 || c.Max != 3 || c.Pairs != 4 || c.What != "a/b" {
 		t.Errorf("%+v", c)
 	}
 }
