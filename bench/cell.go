@@ -315,6 +315,9 @@ func (c *Cell) Label() string {
 	return c.label
 }
 
+// unlabelled are the fields that no label shows.
+var unlabelled = []string{"name", "time", "warmup", "repetitions", "compare", "against", "counted", "range"}
+
 // labelCells gives each cell its label.
 func labelCells(cells []*Cell) {
 	named := map[string][]*Cell{}
@@ -323,6 +326,9 @@ func labelCells(cells []*Cell) {
 		named[c.Name] = append(named[c.Name], c)
 	}
 	for _, f := range fields {
+		if slices.Contains(unlabelled, f.key) {
+			continue
+		}
 		for _, list := range named {
 			if !differ(list, f) {
 				continue
@@ -341,9 +347,15 @@ func labelCells(cells []*Cell) {
 	}
 }
 
-// differ tells whether cells differ in a field.
+// differ tells whether cells differ in a field, those that it concerns.
 func differ(cells []*Cell, f field) bool {
-	return slices.ContainsFunc(cells, func(c *Cell) bool { return f.value(c).String() != f.value(cells[0]).String() })
+	values := map[string]bool{}
+	for _, c := range cells {
+		if f.used == nil || f.used(c) {
+			values[f.value(c).String()] = true
+		}
+	}
+	return len(values) > 1
 }
 
 // blocksMax bounds the blocks of a range: each takes four bytes of a job's list.

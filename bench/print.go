@@ -96,6 +96,3 @@ func (o *Outcome) WriteRatiosCSV(w io.Writer) error {
 	c.Flush()
 	return c.Error()
 }
-
-// WriteReport is not there yet.
-func (o *Outcome) WriteReport(dir string) error { return nil }

@@ -24,6 +24,7 @@ var layers = [][]string{
 	{"demo", "bench/peers"},
 	{"service", "bench"},
 	{"bench/model"},
+	{"bench/plot"},
 	{"api"},
 	{"export/*"},
 	{"dm"},
