@@ -253,7 +253,11 @@ func (o *Outcome) ratios() []chart {
 		var values [][]namedFigure
 		for _, c := range o.Compared {
 			if c.Quantity == quantity {
-				rows = append(rows, c.What+strings.TrimPrefix(c.Of, c.of.Name))
+				where := strings.TrimPrefix(c.Of, c.of.Name)
+				if c.of.Engine != "" && strings.Contains(c.What, " "+c.of.Engine+"/") {
+					where = strings.TrimSuffix(where, ", "+c.of.Engine) // it has been said
+				}
+				rows = append(rows, c.What+where)
 				values = append(values, []namedFigure{{quantity, Figure{c.Value, c.Min, c.Max}}})
 			}
 		}

@@ -29,7 +29,7 @@ type Values struct {
 const (
 	barHeight   = 13.0
 	charWidth   = 5.9
-	labelsMost  = 340.0
+	labelsMost  = 460.0
 	bandSpacing = 5.0
 )
 
