@@ -26,11 +26,11 @@ type benchFlags struct {
 	Seed   uint64 `default:"1" placeholder:"N" help:"Seed of the patterns (${default})."`
 
 	Set         []string `sep:"none" placeholder:"KEY=VALUE,..." help:"Overrule any key of the plan, in all cells; several values multiply out."`
-	Device      []string `placeholder:"KIND,..." help:"As --set device=KIND: null, blank, mem, file, remote, nbd."`
+	Device      []string `placeholder:"KIND,..." complete:"=null blank mem file remote nbd" help:"As --set device=KIND: null, blank, mem, file, remote, nbd."`
 	Dir         []string `placeholder:"DIR,..." complete:"file" help:"As --set dir=DIR: where a device of the kind file has its files."`
 	Size        []string `placeholder:"SIZE,..." help:"As --set size=SIZE: length of the device."`
-	Engine      []string `placeholder:"NAME,..." help:"As --set engine=NAME."`
-	Offload     []string `placeholder:"HOW,..." help:"As --set offload=HOW: off, auto, only, worker."`
+	Engine      []string `placeholder:"NAME,..." complete:"=scaled serialised" help:"As --set engine=NAME."`
+	Offload     []string `placeholder:"HOW,..." complete:"=off auto only worker" help:"As --set offload=HOW: off, auto, only, worker."`
 	Jobs        []string `placeholder:"N,..." help:"As --set jobs=N: jobs at the same time."`
 	Depth       []string `placeholder:"N,..." help:"As --set depth=N: requests that each job keeps in flight."`
 	Block       []string `placeholder:"SIZE,..." help:"As --set block=SIZE: size of a request."`
@@ -292,7 +292,7 @@ func (c *benchRunCmd) Run(s *session) error {
 
 type benchPlanCmd struct {
 	outputFlags
-	Suite string `arg:"" help:"A suite, or a test of device-mapper-test-suite."`
+	Suite string `arg:"" complete:"=kcopyd snapshot clone offload copy metadata" help:"A suite, or a test of device-mapper-test-suite."`
 }
 
 func (benchPlanCmd) Help() string {

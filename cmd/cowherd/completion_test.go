@@ -50,7 +50,7 @@ COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _cowherd; printf '%s\n' "${COMPREPLY[
 		"cowherd events --no":               "--no-follow",
 		"cowherd bench kc":                  "kcopyd",
 		"cowherd bench kcopyd --dev":        "--device",
-		"cowherd bench kcopyd --device n":   "null",
+		"cowherd bench kcopyd --device nu":  "null",
 		"cowherd cow ":                      "info dump check repair export merge diff",
 		"cowherd cow du":                    "dump",
 		"cowherd cow check --m":             "--max",
@@ -70,14 +70,14 @@ COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _cowherd; printf '%s\n' "${COMPREPLY[
 func TestFishCompletion(t *testing.T) {
 	script := cowherd(t, "completion", "fish").stdout + "\ncomplete -C \"$argv[-1]\" | cut -f 1\n"
 	for words, want := range map[string]string{
-		"cowherd sn":                      "snapshot",
-		"cowherd rm ":                     "vm@a",
-		"cowherd detach ":                 "vm",
-		"cowherd serve --engine ":         "scaled serialised",
-		"cowherd events --no":             "--no-follow",
-		"cowherd cow ch":                  "check",
-		"cowherd cow check --m":           "--max",
-		"cowherd bench kcopyd --device n": "null",
+		"cowherd sn":                       "snapshot",
+		"cowherd rm ":                      "vm@a",
+		"cowherd detach ":                  "vm",
+		"cowherd serve --engine ":          "scaled serialised",
+		"cowherd events --no":              "--no-follow",
+		"cowherd cow ch":                   "check",
+		"cowherd cow check --m":            "--max",
+		"cowherd bench kcopyd --device nu": "null",
 	} {
 		if got := complete(t, "fish", script, words); got != want {
 			t.Errorf("%q: got %q, want %q", words, got, want)
