@@ -37,10 +37,11 @@ type job struct {
 	epoch   time.Time
 
 	next, sent, limit int
-	from, until       int64  // nanoseconds since epoch
-	reads             uint64 // of 1<<32 requests so many are reads, whatever op says
-	random            uint64 // state of the generator that picks them
-	written           int64  // bytes of writes that were submitted
+	from              int64        // nanoseconds since epoch
+	until             atomic.Int64 // the same; whoever stops the job early sets it to 0
+	reads             uint64       // of 1<<32 requests so many are reads, whatever op says
+	random            uint64       // state of the generator that picks them
+	written           int64        // bytes of writes that were submitted
 	interval          float64
 	spun              time.Duration // that a paced job has busily waited
 	copies            *copies       // requests are jobs of an engine; nil: of device
@@ -71,9 +72,10 @@ type op struct {
 func newJob(device block.Device, queue block.Queue, depth int, what block.Op, size, stride int64, offsets []uint32) *job {
 	j := &job{
 		device: device, queue: queue, op: what, size: size, stride: stride, offsets: offsets,
-		ops: make([]op, depth), wake: make(chan struct{}, 1), limit: len(offsets), until: math.MaxInt64,
+		ops: make([]op, depth), wake: make(chan struct{}, 1), limit: len(offsets),
 		latency: hdrhistogram.New(1, latencyMax, 3),
 	}
+	j.until.Store(math.MaxInt64)
 	var data []byte
 	if device != nil {
 		data = make([]byte, size*int64(depth))
@@ -148,7 +150,7 @@ func (j *job) run() {
 
 // more tells whether there is anything left to submit at time now. A job that gets a CPU only after its time is over
 // submits one request all the same.
-func (j *job) more(now int64) bool { return j.sent < j.limit && (now < j.until || j.sent == 0) }
+func (j *job) more(now int64) bool { return j.sent < j.limit && (now < j.until.Load() || j.sent == 0) }
 
 // submit sends o to the job's next offset at time now.
 func (j *job) submit(o *op, now int64) {
@@ -244,12 +246,20 @@ func runJobs(jobs []*job) (measurement, error) {
 		j.epoch = epoch
 		wg.Go(j.run)
 	}
+	done := make(chan struct{})
+	go func() {
+		wg.Wait()
+		close(done)
+	}()
 	warm := time.Duration(jobs[0].from)
 	if warm > 0 {
-		time.Sleep(warm)
-		before = processorTime()
+		select {
+		case <-time.After(warm):
+			before = processorTime()
+		case <-done:
+		}
 	}
-	wg.Wait()
+	<-done
 	m.elapsed = time.Since(epoch) - warm
 	m.cpu = processorTime() - before
 	for _, j := range jobs {

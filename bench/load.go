@@ -59,7 +59,7 @@ func (l *load) jobs(d block.Device, copies *copies, once bool) []*job {
 		}
 		j.from = int64(c.Warmup)
 		if c.Time > 0 {
-			j.until = int64(c.Warmup + c.Time)
+			j.until.Store(int64(c.Warmup + c.Time))
 		}
 		if c.Rate > 0 {
 			j.interval = float64(time.Second) / c.Rate

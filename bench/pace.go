@@ -11,6 +11,9 @@ import (
 // late by as much, and Go's own timers by up to a millisecond.
 const spinTime = 30 * time.Microsecond
 
+// sleepMax bounds a sleep, so that a job can be stopped.
+const sleepMax = 100 * time.Millisecond
+
 // runPaced submits a request at each interval, whatever became of those before it. A latency is counted from the time at
 // which the request was due, so that a device that stalls is not spared the requests that nobody could make meanwhile
 // (coordinated omission): with all ops in flight, those that are due wait, and that counts.
@@ -44,11 +47,14 @@ func (j *job) runPaced(idle *op) {
 	}
 }
 
-// await waits until due.
+// await waits until due, or for a while if that is far away.
 func (j *job) await(due int64) {
 	if left := time.Duration(due-j.now()) - spinTime; left > 0 {
-		t := unix.NsecToTimespec(int64(left))
+		t := unix.NsecToTimespec(int64(min(left, sleepMax)))
 		_ = unix.Nanosleep(&t, nil) // a signal only makes it spin
+		if left > sleepMax {
+			return
+		}
 	}
 	begin := j.now()
 	now := begin

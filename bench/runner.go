@@ -174,7 +174,7 @@ func (x *Runner) run(ctx context.Context, c *Cell, devices pool, number int) (s 
 			return nil, fmt.Errorf("prepare: %w", err)
 		}
 	}
-	if s, err = x.measure(c, k, b, l); err == nil && b.check != nil {
+	if s, err = x.measure(ctx, c, k, b, l); err == nil && b.check != nil {
 		err = b.check()
 	}
 	if err == nil && (c.Offload == offloadOnly || c.Offload == offloadWorker) {
@@ -193,7 +193,7 @@ func (c *Cell) hash() uint64 {
 }
 
 // measure runs the jobs of a cell over its stack.
-func (x *Runner) measure(c *Cell, k *kit, b *stack, l *load) (*sampled, error) {
+func (x *Runner) measure(ctx context.Context, c *Cell, k *kit, b *stack, l *load) (*sampled, error) {
 	jobs := l.jobs(b.device, b.copies, false)
 	harness, err := x.harnessCost(c)
 	if err != nil {
@@ -205,8 +205,14 @@ func (x *Runner) measure(c *Cell, k *kit, b *stack, l *load) (*sampled, error) {
 	if b.started != nil {
 		b.started()
 	}
+	stop := context.AfterFunc(ctx, func() {
+		for _, j := range jobs {
+			j.until.Store(0)
+		}
+	})
+	defer stop()
 	m, err := runJobs(jobs)
-	if err != nil {
+	if err := cmp.Or(ctx.Err(), err); err != nil {
 		return nil, err
 	}
 	s := &sampled{

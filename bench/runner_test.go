@@ -105,7 +105,8 @@ func TestPaced(t *testing.T) {
 		j := newJob(&stalling{blank: blank{1 << 20}, at: 100 * time.Millisecond, length: stall}, 0, 1, block.OpWrite, 512, 512, offsets)
 		j.interval = interval
 		if interval == 0 {
-			j.limit, j.until = math.MaxInt, int64(200*time.Millisecond)
+			j.limit = math.MaxInt
+			j.until.Store(int64(200 * time.Millisecond))
 		}
 		m, err := runJobs([]*job{j})
 		if err != nil {
@@ -136,7 +137,8 @@ func TestPaced(t *testing.T) {
 // TestBounds: a run ends with its time, and what began in the warm-up is not measured.
 func TestBounds(t *testing.T) {
 	j := newJob(blank{1 << 20}, 0, 4, block.OpWrite, 512, 512, make([]uint32, 7))
-	j.limit, j.from, j.until = math.MaxInt, int64(20*time.Millisecond), int64(60*time.Millisecond)
+	j.limit, j.from = math.MaxInt, int64(20*time.Millisecond)
+	j.until.Store(int64(60 * time.Millisecond))
 	m, err := runJobs([]*job{j})
 	if err != nil {
 		t.Fatal(err)
@@ -320,5 +322,17 @@ func TestStopped(t *testing.T) {
 	}}
 	if _, err := x.Run(ctx); !errors.Is(err, context.Canceled) || told != 2 {
 		t.Errorf("%v after %d runs", err, told)
+	}
+}
+
+// TestInterrupted: a run that would take an hour, paced or not, warming up or not, ends when it is told to.
+func TestInterrupted(t *testing.T) {
+	for _, text := range []string{"time = '1h'", "time = '1h'\nrate = 0.1", "warmup = '1h'\ntime = '1h'\nrate = 100"} {
+		_, cells := parse(t, "[[cell]]\nsize = '1m'\nrepetitions = 1\n"+text+"\n")
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		if _, err := (&Runner{Cells: cells, calibration: 1 << 8}).Run(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%s: %v", text, err)
+		}
+		cancel()
 	}
 }

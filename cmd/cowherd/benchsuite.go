@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -123,7 +124,7 @@ func (f *benchFlags) cells(s *session, title string, cells []*bench.Cell) error 
 		if err != nil {
 			return nil, err
 		}
-		o.Title, o.Command, o.Machine = title, commandLine(), bench.ThisMachine(version)
+		o.Title, o.Command, o.Machine = title, commandLine(), bench.ThisMachine(cmp.Or(version, "development"))
 		if f.Report != "" {
 			if err := o.WriteReport(f.Report); err != nil {
 				return nil, err
