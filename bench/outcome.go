@@ -229,7 +229,8 @@ func bases(c *Cell, group []*Cell) []*Cell {
 func (o *Outcome) compare(c, base *Cell, samples map[*Cell][]*sampled) {
 	pairs := min(len(samples[c]), len(samples[base]))
 	for _, q := range quantities {
-		if !slices.Contains(comparedQuantities, q.name) {
+		single := samples[c][0].latency.TotalCount() == 1 // such a run has no distribution
+		if !slices.Contains(comparedQuantities, q.name) || single && strings.HasPrefix(q.name, "p") {
 			continue
 		}
 		var ratios []float64
@@ -260,8 +261,9 @@ func (s *sampled) cpuDoubtful() bool {
 
 // difference is c/base in short.
 func difference(c, base *Cell) string {
-	if c.Name == base.Name && c.Compare != "" && c.Compare != "stack" {
-		return fmt.Sprintf("%s %s/%s", c.Name, c.get(c.Compare), base.get(c.Compare))
+	if c.Name == base.Name && c.Compare != "" {
+		f, _ := fieldOf(c.Compare)
+		return fmt.Sprintf("%s %s/%s", c.Name, nameOf(f, c), base.get(c.Compare))
 	}
 	of, to := c.Name, base.Name
 	if c.Engine != base.Engine {

@@ -123,13 +123,15 @@ func groupsOf(cells []*Cell) [][]*Cell {
 	return groups
 }
 
-// comparedBy tells whether cells differ in nothing but the field that both compare.
+// comparedBy tells whether cells of one name differ in nothing but the field that both compare, and in what concerns only
+// one of them.
 func comparedBy(c, o *Cell) bool {
 	if c.Compare == "" || c.Compare != o.Compare {
 		return false
 	}
 	for _, f := range fields {
-		if f.key != c.Compare && f.key != "name" && f.value(c).String() != f.value(o).String() {
+		both := f.used == nil || f.used(c) && f.used(o)
+		if f.key == c.Compare && !both || f.key != c.Compare && f.key != "name" && both && f.value(c).String() != f.value(o).String() {
 			return false
 		}
 	}

@@ -39,6 +39,18 @@ against = "bare"
 [[cell]]
 name = "alone"
 stack = "mapped"
+[[cell]]
+name = "copies"
+stack = "copies"
+jobs = 1
+copy-latency = "1us"
+offload = ["off", "only"]
+compare = "offload"
+[[cell]]
+name = "fill"
+stack = ["transfer", "hydration"]
+jobs = 1
+compare = "stack"
 `)
 	var got []string
 	for _, g := range groupsOf(cells) {
@@ -56,6 +68,8 @@ stack = "mapped"
 		"bare 1 to []; first serialised 1 to [bare]; first scaled 1 to [first serialised, bare]",
 		"bare 2 to []; first serialised 2 to [bare]; first scaled 2 to [first serialised, bare]",
 		"alone 1 to []", "alone 2 to []",
+		"copies scaled 1 to []; copies scaled 1 to [copies scaled]",
+		"fill 1 to []; fill scaled 0 to [fill]",
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("groups:\n%s\nwant:\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))

@@ -36,13 +36,13 @@ func SuiteText(name string) ([]byte, error) {
 // dmTest is a test of device-mapper-test-suite (lib/dmtest/tests/snapshot) in the shape that it has there, but for the
 // device, which is smaller (80 GiB there), and the time.
 type dmTest struct {
-	name                        string
-	stack, store, pattern, what string
-	block                       string
-	jobs, depth                 string
-	chunk                       string
-	read                        int
-	later                       bool
+	name                  string
+	stack, store, pattern string
+	block                 string
+	jobs, depth           string
+	chunk                 string
+	read                  int
+	later                 bool
 }
 
 // DMTests are the tests of device-mapper-test-suite whose names are suites. N stands for a transient snapshot, P for a
