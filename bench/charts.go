@@ -126,16 +126,24 @@ func (o *Outcome) over(axis string) []chart {
 				ticks = append(ticks, plot.Tick{At: x, Text: f.value(&r.Cell).String()})
 			}
 			name := subject(&r.Cell, o.named(r.Cell.Name))
-			rates = addPoint(rates, name, x, r.Ops)
+			rate := r.Ops
+			if axis == "block" {
+				rate = r.Bytes // operations of different sizes say little
+			}
+			rates = addPoint(rates, name, x, rate)
 			latencies = addPoint(latencies, name, x, r.Mean)
 		}
 		if len(ticks) < 2 || len(list) >= chartsMax {
 			continue
 		}
+		unit := "operations a second"
+		if axis == "block" {
+			unit = "bytes a second"
+		}
 		for _, c := range []struct {
 			file, y string
 			series  []plot.Series
-		}{{"throughput", "operations a second", rates}, {"latency", "mean latency, µs", latencies}} {
+		}{{"throughput", unit, rates}, {"latency", "mean latency, µs", latencies}} {
 			lines := &plot.Lines{
 				Title: strings.TrimSuffix(fmt.Sprintf("%s over %s: %s", upper(c.file), axis, facet.title), ": "), X: axis, Y: c.y, LogX: true, LogY: true,
 				XTicks: ticks, Series: c.series,

@@ -30,7 +30,7 @@ func TestSuites(t *testing.T) {
 			}
 			switch name {
 			case "offload":
-				err = errors.Join(p.Set("block", "4k", "64k"), p.Set("depth", "4"))
+				err = errors.Join(p.Set("block", "4k", "64k"), p.Set("depth", "4"), p.Set("warmup", "0s"))
 			case "kcopyd":
 				err = p.Set("jobs", "2")
 			case "metadata":

@@ -28,8 +28,8 @@ type Values struct {
 
 const (
 	barHeight   = 13.0
-	charWidth   = 5.9
-	labelsMost  = 460.0
+	charWidth   = 6.2
+	labelsMost  = 520.0
 	bandSpacing = 5.0
 )
 
