@@ -252,6 +252,20 @@ func (d *daemon) do(args ...string) string {
 	return r.stdout
 }
 
+// drop removes a snapshot whose last client may not have been counted off yet.
+func (d *daemon) drop(name string) {
+	d.t.Helper()
+	for deadline := time.Now().Add(endLimit); ; time.Sleep(2 * time.Millisecond) {
+		r := d.try("rm", name)
+		if r.status == 0 {
+			return
+		}
+		if !strings.Contains(r.stderr, "in use by") || time.Now().After(deadline) {
+			d.t.Fatalf("cowherd rm %s: status %d\n%s", name, r.status, r.stderr)
+		}
+	}
+}
+
 // refused runs a command of cowherd that must fail and say why, with all of these texts.
 func (d *daemon) refused(args []string, texts ...string) {
 	d.t.Helper()

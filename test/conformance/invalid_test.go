@@ -72,7 +72,7 @@ func overflow(t *testing.T, d *daemon, store string) {
 	if got := sumFile(t, fetch(t, d.uri("vm@large"))); got != before {
 		t.Error("the other snapshot is not what the image was")
 	}
-	d.do("rm", "vm@small")
+	d.drop("vm@small")
 	d.do("snapshot", "vm@small", "--chunk", "4k", "--store", store, "--max-cow", "2MiB")
 	fioVerify(t, d.uri("vm@small"), size)
 	fioVerify(t, d.uri("vm"), size)

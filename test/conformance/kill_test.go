@@ -79,7 +79,7 @@ func TestKillPersistent(t *testing.T) {
 			v.checkLog()
 			v.start("--engine", engine)
 			v.verify()
-			v.do("rm", "vm@p")
+			v.drop("vm@p")
 		})
 	}
 }
@@ -88,7 +88,7 @@ func TestKillPersistent(t *testing.T) {
 func (v *victim) takeAgain(i int) {
 	v.t.Helper()
 	if v.frozen != nil {
-		v.do("rm", "vm@p")
+		v.drop("vm@p")
 	}
 	v.do("snapshot", "vm@p", "--persistent", "--chunk", []string{"4k", "16k", "64k", "8k"}[i%4])
 	v.frozen = v.read("vm")
@@ -340,6 +340,6 @@ func keepsWhatItShows(d *daemon, s *scribbler, size int64) bool {
 		t.Fatal(err)
 	}
 	sameBytes(t, "the snapshot when its origin is cleared", second, first)
-	d.do("rm", "vm@p")
+	d.drop("vm@p")
 	return true
 }

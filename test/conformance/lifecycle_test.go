@@ -132,7 +132,7 @@ func killTwice(t *testing.T, engine string) {
 		if err := snapshot.Close(); err != nil {
 			t.Error(err)
 		}
-		d.do("rm", "vm@a")
+		d.drop("vm@a")
 		d.do("detach", "vm")
 		d.stop()
 	}

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -158,7 +159,13 @@ func (d *disk) unmount() {
 	if d.dir == "" {
 		return
 	}
-	if err := unix.Unmount(d.dir, 0); err != nil {
+	// Somebody else may be looking at it just now, and the kernel may not be done with a file that was closed.
+	err := unix.Unmount(d.dir, 0)
+	for n := 0; errors.Is(err, unix.EBUSY) && n < 1000; n++ {
+		time.Sleep(10 * time.Millisecond)
+		err = unix.Unmount(d.dir, 0)
+	}
+	if err != nil {
 		d.t.Errorf("unmount: %v", err)
 	}
 	d.dir = ""
