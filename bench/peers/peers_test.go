@@ -350,8 +350,8 @@ func runHere(t *testing.T, ctx context.Context, args ...string) (report, error) 
 func TestRun(t *testing.T) {
 	var rep report
 	var err error
-	for range 3 { // a second of fio may give nothing to measure on a busy machine
-		rep, err = runHere(t, t.Context(), "-only", "^bare-write/1|^snapshot-write/4|^stride/1", "-seconds", "1",
+	for _, seconds := range []string{"1", "3", "9"} { // a second of fio may give nothing to measure on a busy machine
+		rep, err = runHere(t, t.Context(), "-only", "^bare-write/1|^snapshot-write/4|^stride/1", "-seconds", seconds,
 			"-peers", "nbdkit-file,nbdkit-cow")
 		if err == nil {
 			break
@@ -386,8 +386,8 @@ func TestRunClones(t *testing.T) {
 	}
 	var rep report
 	var err error
-	for range 3 { // see TestRun; and a hydration of 4 MiB may be over before fio has begun
-		rep, err = runHere(t, t.Context(), "-only", "^clone-.*/1", "-seconds", "1", "-peers", "qsd-stream", "-size", "64MiB")
+	for _, size := range []string{"64MiB", "256MiB", "1GiB"} { // a small hydration may be over before fio has begun
+		rep, err = runHere(t, t.Context(), "-only", "^clone-.*/1", "-seconds", "1", "-peers", "qsd-stream", "-size", size)
 		if err == nil {
 			break
 		}
