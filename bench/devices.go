@@ -150,7 +150,7 @@ func (k *kit) file(role string, size int64) (block.Device, error) {
 		return nil, err
 	}
 	k.paths, k.closers = append(k.paths, path), append(k.closers, d)
-	if role == roleDevice && (c.Data == 0 || c.Data == 100) {
+	if role == roleDevice && !isSparse(c) {
 		err = errors.Join(fill(d), block.Flush(d))
 	}
 	return d, err

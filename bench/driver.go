@@ -49,10 +49,15 @@ var drivers = map[string]func(context.Context, *Cell, *kit, *rand.Rand) (*sample
 	stackCommit:    runCommits,
 }
 
+// isSparse tells whether what is copied has holes.
+func isSparse(c *Cell) bool {
+	return c.Device == deviceFile && onStack(stackTransfer, stackHydration)(c) && c.Data < 100
+}
+
 // source is what is copied, of which Data percent hold data, in pieces of 1 MiB.
 func source(c *Cell, k *kit) (block.Device, error) {
 	d, err := k.device(roleDevice, 0, c.Size)
-	if err != nil || c.Device != deviceFile || c.Data == 0 || c.Data == 100 {
+	if err != nil || !isSparse(c) {
 		return d, err
 	}
 	const piece = 1 << 20
@@ -114,6 +119,8 @@ func runHydration(ctx context.Context, c *Cell, k *kit, _ *rand.Rand) (*sampled,
 	r.clone.SetHydration(true)
 	select {
 	case <-r.hydrated:
+	case <-r.stopped:
+		return nil, errors.Join(errors.New("hydration has stopped"), s.check(), s.close())
 	case <-ctx.Done():
 		return nil, errors.Join(ctx.Err(), s.close())
 	}

@@ -162,6 +162,7 @@ func (x *Runner) run(ctx context.Context, c *Cell, devices pool, number int) (s 
 		runtime.GC()
 		if s, err = drive(ctx, c, k, r); err == nil {
 			s.countIO(k, nil)
+			err = s.offloaded(c)
 		}
 		return s, err
 	}
@@ -179,8 +180,8 @@ func (x *Runner) run(ctx context.Context, c *Cell, devices pool, number int) (s 
 	if s, err = x.measure(ctx, c, k, b, l); err == nil && b.check != nil {
 		err = b.check()
 	}
-	if err == nil && (c.Offload == offloadOnly || c.Offload == offloadWorker) {
-		err = s.offloaded()
+	if err == nil {
+		err = s.offloaded(c)
 	}
 	return s, err
 }
@@ -313,7 +314,10 @@ func subStats(s *kcopyd.Stats, before kcopyd.Stats) {
 }
 
 // offloaded tells whether anything was read and written that should have been offloaded.
-func (s *sampled) offloaded() error {
+func (s *sampled) offloaded(c *Cell) error {
+	if c.Offload != offloadOnly && c.Offload != offloadWorker {
+		return nil
+	}
 	for _, m := range s.stats.Methods {
 		if m.Method == "readwrite" && m.Bytes > 0 {
 			return fmt.Errorf("%d bytes were read and written, not offloaded", m.Bytes)

@@ -294,7 +294,20 @@ name = "persistent"
 stack = "snapshot-origin"
 store = "persistent"
 `)
-	runCells(t, cells)
+	for _, r := range runCells(t, cells).Cells {
+		if r.Cell.Stack != stackTransfer {
+			continue
+		}
+		copied := 0.0
+		for _, m := range r.Methods {
+			if m.Method == "readwrite" {
+				copied = m.Share
+			}
+		}
+		if want := map[int]float64{0: 0, 30: 0.25, 100: 1}[r.Cell.Data]; copied != want { // one MiB of four
+			t.Errorf("%s: %v of it was copied, want %v", r.Label, copied, want)
+		}
+	}
 	if left := readDir(t, dir); len(left) > 0 {
 		t.Errorf("%v is left", left)
 	}

@@ -180,6 +180,7 @@ func (s *stack) snapshots(c *Cell, k *kit, d block.Device) error {
 type cloned struct {
 	clone    *clone.Clone
 	hydrated chan struct{} // closed when everything is hydrated and committed
+	stopped  chan struct{} // has an element when hydration has given up
 }
 
 // clone makes a clone of source, with its metadata in memory and without hydration.
@@ -199,14 +200,20 @@ func (s *stack) clone(c *Cell, k *kit, source block.Device) (*cloned, error) {
 		return nil, err
 	}
 	s.onClose(meta.Close)
-	r := &cloned{hydrated: make(chan struct{})}
+	r := &cloned{hydrated: make(chan struct{}), stopped: make(chan struct{}, 1)}
 	batch := uint32(max(1, (1<<20)/c.Region))
 	r.clone, err = clone.New(clone.Config{
 		Name: "bench", Source: source, Destination: dest, Metadata: meta, Engine: s.newEngine(c),
 		Hydration: clone.Hydration{Disabled: true, Threshold: 16 * batch, Batch: batch},
 		Event: func(e clone.Event) {
-			if e.Kind == clone.EventHydrated {
+			switch e.Kind {
+			case clone.EventHydrated:
 				close(r.hydrated)
+			case clone.EventStopped, clone.EventMode:
+				select {
+				case r.stopped <- struct{}{}:
+				default:
+				}
 			}
 		},
 	})
