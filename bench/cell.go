@@ -3,6 +3,7 @@ package bench
 import (
 	"fmt"
 	"math"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -47,6 +48,7 @@ type Cell struct {
 	Jobs    int     `json:"jobs,omitempty"`
 	Depth   int     `json:"depth,omitempty"`
 	Rate    float64 `json:"rate,omitempty"` // requests a second of each job; 0: as fast as it can
+	CPUs    int     `json:"cpus,omitempty"` // that goroutines run on at a time; 0: all
 
 	Warmup      time.Duration `json:"warmup_ns,omitempty"`
 	Time        time.Duration `json:"time_ns,omitempty"`
@@ -146,6 +148,7 @@ var fields = []field{
 	{"jobs", func(c *Cell) value { return whole{&c.Jobs, 1, 1024} }, hasJobs},
 	{"depth", func(c *Cell) value { return whole{&c.Depth, 1, 4096} }, hasDepth},
 	{"rate", func(c *Cell) value { return number{&c.Rate, 0, 1e9} }, jobful},
+	{"cpus", func(c *Cell) value { return whole{&c.CPUs, 0, 1024} }, nil},
 	{"offload", func(c *Cell) value { return choice{&c.Offload, offloadNames} }, hasEngine},
 	{"engine", func(c *Cell) value { return choice{&c.Engine, engineNames()} }, picksEngine},
 	{"warmup", func(c *Cell) value { return span{&c.Warmup, time.Hour} }, jobful},
@@ -171,7 +174,7 @@ var (
 func comparedKeys() []string {
 	return []string{
 		"stack", "device", "store", "snapshots", "layers", "hydration", "chunk", "region", "block", "pattern", "writes", "jobs",
-		"depth", "offload", "engine", "read",
+		"depth", "cpus", "offload", "engine", "read",
 	}
 }
 
@@ -295,6 +298,10 @@ func (c *Cell) check() error {
 		return fmt.Errorf("store: device = %q does not keep it", c.Device)
 	case c.Bandwidth > 0 && c.Latency == 0:
 		return fmt.Errorf("latency: a bandwidth needs one")
+	case c.Engine == OneLock && !isSnapshot(c):
+		return fmt.Errorf("engine: stack = %q has no exceptions for %q", c.Stack, c.Engine)
+	case c.CPUs > runtime.NumCPU():
+		return fmt.Errorf("cpus: %d is more than the %d of this machine", c.CPUs, runtime.NumCPU())
 	case c.Offload == offloadWorker && c.Engine != Serialised:
 		return fmt.Errorf("offload: %q is the serialised engine's", c.Offload)
 	case c.Offload != "" && c.Offload != offloadOff && onDevice(deviceBlank, deviceMem, deviceNBD)(c) && c.Offload != offloadAuto:

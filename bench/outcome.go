@@ -274,7 +274,7 @@ func difference(c, base *Cell) string {
 
 // result makes the result of a cell.
 func (x *Runner) result(c *Cell, list []*sampled) CellResult {
-	r := CellResult{Cell: *c, Label: c.Label(), Runs: len(list), Harness: x.harness[[2]int{c.Jobs, c.Depth}] / us}
+	r := CellResult{Cell: *c, Label: c.Label(), Runs: len(list), Harness: x.harness[[3]int{c.Jobs, c.Depth, c.CPUs}] / us}
 	for _, q := range quantities {
 		*q.set(&r) = figure(column(list, q.value))
 	}

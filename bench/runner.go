@@ -23,7 +23,7 @@ type Runner struct {
 	Progress func(done, all int, what string)
 
 	calibration int                // requests by which the harness is measured; 0: calibrationDefault
-	harness     map[[2]int]float64 // processor time of the harness for a request in nanoseconds, by jobs and depth
+	harness     map[[3]int]float64 // processor time of the harness for a request in nanoseconds, by jobs, depth and CPUs
 }
 
 // Run runs all cells, group by group. Cells that are compared with each other are a group. Each repetition runs its cells
@@ -32,7 +32,7 @@ type Runner struct {
 //
 // Each run begins with a collection of garbage and with new devices, but for memory, which is touched beforehand.
 func (x *Runner) Run(ctx context.Context) (*Outcome, error) {
-	x.harness = map[[2]int]float64{}
+	x.harness = map[[3]int]float64{}
 	groups := groupsOf(x.Cells)
 	all, done := 0, 0
 	for _, g := range groups {
@@ -89,7 +89,7 @@ func repetitions(group []*Cell) int {
 // conditions are the fields that cells of different stacks have in common when they are compared with each other.
 var conditions = []string{
 	"device", "size", "range", "latency", "bandwidth", "queues", "dir", "direct", "uri", "block", "pattern", "theta", "read", "jobs",
-	"depth", "rate",
+	"depth", "rate", "cpus",
 }
 
 // groupsOf puts cells that are compared with each other in one group, and keeps the order of the plan.
@@ -151,6 +151,9 @@ func sameIn(c, o *Cell, keys []string) bool {
 func (x *Runner) run(ctx context.Context, c *Cell, devices pool, number int) (s *sampled, err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
+	}
+	if c.CPUs > 0 {
+		defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(c.CPUs))
 	}
 	k, err := newKit(c, devices)
 	if err != nil {
@@ -241,7 +244,7 @@ const calibrationDefault = 1 << 16
 // harnessCost is the processor time in nanoseconds that the harness takes for a request: that of the same jobs on a
 // device that does nothing. What it costs a job to sleep and be woken, on devices that complete elsewhere, is not in it.
 func (x *Runner) harnessCost(c *Cell) (float64, error) {
-	key := [2]int{c.Jobs, c.Depth}
+	key := [3]int{c.Jobs, c.Depth, c.CPUs}
 	if cost, ok := x.harness[key]; ok {
 		return cost, nil
 	}

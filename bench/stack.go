@@ -24,7 +24,12 @@ import (
 var engines = map[string]func(kcopyd.Config) engine{
 	Scaled:     func(c kcopyd.Config) engine { return kcopyd.NewScaled(c) },
 	Serialised: func(c kcopyd.Config) engine { return kcopyd.NewSerialised(c) },
+	OneLock:    func(c kcopyd.Config) engine { return kcopyd.NewSerialised(c) },
 }
+
+// OneLock is the serialised engine below snapshots whose exceptions are guarded by one lock, as the kernel's were before
+// 2019. Stacks without snapshots do not know it.
+const OneLock = "onelock"
 
 // engineNames are the names of the engines, in order.
 func engineNames() []string { return slices.Sorted(maps.Keys(engines)) }
@@ -147,6 +152,7 @@ func (s *stack) snapshots(c *Cell, k *kit, d block.Device) error {
 		}
 		taken, err := snapshot.New(snapshot.Config{
 			Name: fmt.Sprintf("bench@%d", i), Origin: origin, COW: cow, ChunkSize: chunk, Engine: s.newEngine(c), Store: store,
+			OneLock: c.Engine == OneLock,
 		})
 		if err != nil {
 			return err

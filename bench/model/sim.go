@@ -5,9 +5,9 @@ import (
 	"slices"
 )
 
-// requestsEach is how many requests of each job are simulated. The first tenth of all is not counted, and the last third
-// is not run: jobs that share a CPU with the worker are late.
-const requestsEach = 3000
+// requests is how many requests of each job are simulated. The first tenth of all is not counted, and the last third is not
+// run: jobs that share a CPU with the worker are late. Many jobs need fewer of each, but some turns of its depth.
+func (l Load) requests() int { return max(2000/max(l.Jobs, 1), 4*l.Depth, 100) }
 
 // Run simulates a load.
 func Run(p Params, l Load) Result {
@@ -76,13 +76,13 @@ type sim struct {
 }
 
 func newSim(p Params, l Load) *sim {
-	s := &sim{p: p, load: l, workerAsleep: true, total: l.Jobs * requestsEach}
+	s := &sim{p: p, load: l, workerAsleep: true, total: l.Jobs * l.requests()}
 	for i := range l.CPUs {
 		s.cpus = append(s.cpus, &cpu{number: i})
 	}
 	for i := range l.Jobs {
 		c := s.cpus[i%l.CPUs]
-		j := &job{cpu: c, idle: l.Depth, left: requestsEach}
+		j := &job{cpu: c, idle: l.Depth, left: l.requests()}
 		c.jobs, s.jobs = append(c.jobs, j), append(s.jobs, j)
 	}
 	s.worker = s.cpus[0]

@@ -24,7 +24,8 @@ type benchCmd struct {
 	Run      benchRunCmd      `cmd:"" help:"Run the plan in a file."`
 	Plan     benchPlanCmd     `cmd:"" help:"Print the plan of a suite, as a start for one of your own."`
 	Store    benchStoreCmd    `cmd:"" help:"Compare transient and persistent exception stores on a file system: first writes, exceptions a flush, opening."`
-	Dm       benchDMCmd       `cmd:"" help:"Compare a device in memory, bare and through linear devices that lie on each other."`
+	Dm       benchDMCmd       `cmd:"" help:"Mapped devices: linear targets on each other, beside the device below."`
+	Model    benchModelCmd    `cmd:"" help:"A model of the engines, fitted to this machine, for more CPUs than it has."`
 }
 
 type benchStoreCmd struct {
@@ -64,53 +65,6 @@ func (c *benchStoreCmd) Run(s *session) error {
 	return runSuite(s, c.JSON, func(ctx context.Context, progress func(done, all int, what string)) (benchReport, error) {
 		return bench.Store(ctx, bench.StoreConfig{
 			Dir: c.Dir, Jobs: c.Jobs, Depth: c.Depth, ChunkBytes: int64(c.Chunk), Chunks: c.Chunks, Records: c.Records,
-			Repetitions: c.Repetitions, Seed: 1, Progress: progress,
-		})
-	})
-}
-
-type benchDMCmd struct {
-	outputFlags
-	Device      []string  `enum:"null,mem" default:"null,mem" placeholder:"DEVICE" help:"Devices at the bottom: null, mem (both)."`
-	Jobs        []int     `default:"1,2" placeholder:"N" help:"Numbers of jobs at the same time (${default})."`
-	Depth       []int     `default:"1,32" placeholder:"N" help:"Requests that each job keeps in flight (${default})."`
-	Size        size.Size `default:"4k" placeholder:"SIZE" help:"Size of each read and write (${default})."`
-	Requests    int       `default:"131072" placeholder:"N" help:"Requests of each run, over all jobs (${default})."`
-	Repetitions int       `default:"11" placeholder:"N" help:"Runs of each stack, in turn (${default})."`
-}
-
-func (benchDMCmd) Help() string {
-	return `Everything runs in this process: the device itself, one linear device over it, and three over each other. A null
-device drops what is written; to one in memory it is copied.
-
-Examples:
-
-    cowherd bench dm
-    cowherd bench dm --device mem --depth 32 --json | jq .ratios
-`
-}
-
-func (c *benchDMCmd) Run(s *session) error {
-	for _, f := range []struct {
-		flag        string
-		values      []int
-		least, most int
-	}{
-		{"--jobs", c.Jobs, 1, 1024}, {"--depth", c.Depth, 1, 4096}, {"--size", []int{int(c.Size)}, 512, 1 << 20},
-		{"--requests", []int{c.Requests}, 1, 1 << 24}, {"--repetitions", []int{c.Repetitions}, 1, 1000},
-	} {
-		for _, v := range f.values {
-			if v < f.least || v > f.most {
-				return usagef("%s: %d is not between %d and %d", f.flag, v, f.least, f.most)
-			}
-		}
-	}
-	if c.Size%512 != 0 {
-		return usagef("--size: %d is not a multiple of 512", c.Size)
-	}
-	return runSuite(s, c.JSON, func(ctx context.Context, progress func(done, all int, what string)) (benchReport, error) {
-		return bench.Mapped(ctx, bench.MappedConfig{
-			Devices: c.Device, Jobs: c.Jobs, Depths: c.Depth, RequestBytes: int64(c.Size), Requests: c.Requests,
 			Repetitions: c.Repetitions, Seed: 1, Progress: progress,
 		})
 	})

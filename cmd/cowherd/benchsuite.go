@@ -38,6 +38,8 @@ type benchFlags struct {
 	Chunk       []string `placeholder:"SIZE,..." help:"As --set chunk=SIZE."`
 	Time        []string `placeholder:"TIME,..." help:"As --set time=TIME: how long a run takes."`
 	Repetitions []string `placeholder:"N,..." help:"As --set repetitions=N."`
+
+	shape func(*bench.Outcome) (benchReport, error) // what is printed of an outcome; nil: the outcome
 }
 
 const benchHelp = `Everything runs in this process. A figure is the median of its runs; cells that are compared run in turn, A B B A in each
@@ -130,8 +132,11 @@ func (f *benchFlags) cells(s *session, title string, cells []*bench.Cell) error 
 				return nil, err
 			}
 		}
-		if f.CSV {
+		switch {
+		case f.CSV:
 			return csvReport{o}, nil
+		case f.shape != nil:
+			return f.shape(o)
 		}
 		return o, nil
 	})
@@ -314,3 +319,26 @@ func (c *benchPlanCmd) Run(s *session) error {
 	_, err = s.stdout.Write(text)
 	return err
 }
+
+type benchModelCmd struct{ benchFlags }
+
+func (benchModelCmd) Help() string {
+	return benchHelp + `    cowherd bench model
+    cowherd bench model --repetitions 11 --json | jq '.predicted[] | select(.cpus == 8)'
+`
+}
+
+func (c *benchModelCmd) Run(s *session) error {
+	c.shape = func(o *bench.Outcome) (benchReport, error) { return bench.Model(o) }
+	return c.suite(s, bench.ModelSuite)
+}
+
+type benchDMCmd struct{ benchFlags }
+
+func (benchDMCmd) Help() string {
+	return benchHelp + `    cowherd bench dm
+    cowherd bench dm --device mem --depth 32 --json | jq .ratios
+`
+}
+
+func (c *benchDMCmd) Run(s *session) error { return c.suite(s, "dm") }
