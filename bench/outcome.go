@@ -204,8 +204,8 @@ func (x *Runner) outcome(groups [][]*Cell, samples map[*Cell][]*sampled) *Outcom
 	return o
 }
 
-// bases are the cells of its group that c is compared with: of those that it differs from in one field the first, and
-// the one that it names.
+// bases are the cells of its group that c is compared with: of those that it differs from in one field the first, or all
+// before it if the field is the engine, and the one that it names.
 func bases(c *Cell, group []*Cell) []*Cell {
 	var list []*Cell
 	for _, o := range group {
@@ -214,7 +214,9 @@ func bases(c *Cell, group []*Cell) []*Cell {
 		}
 		if comparedBy(c, o) {
 			list = append(list, o)
-			break
+			if c.Compare != "engine" {
+				break
+			}
 		}
 	}
 	for _, o := range group {

@@ -152,7 +152,7 @@ func TestPaced(t *testing.T) {
 func TestBounds(t *testing.T) {
 	j := newJob(blank{1 << 20}, 0, 4, block.OpWrite, 512, 512, make([]uint32, 7))
 	j.limit, j.from = math.MaxInt, int64(20*time.Millisecond)
-	j.until.Store(int64(60 * time.Millisecond))
+	j.until.Store(int64(300 * time.Millisecond))
 	m, err := runJobs([]*job{j})
 	if err != nil {
 		t.Fatal(err)

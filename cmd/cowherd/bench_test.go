@@ -24,7 +24,7 @@ func TestBench(t *testing.T) {
 	args := append([]string{"bench", "kcopyd", "--device", "null", "--only", "^first", "--json", "--report", dir}, tiny...)
 	r := cowherd(t, args...)
 	var o bench.Outcome
-	if err := json.Unmarshal([]byte(r.stdout), &o); err != nil || len(o.Cells) != 4 || len(o.Compared) == 0 || o.Machine.CPUs < 1 {
+	if err := json.Unmarshal([]byte(r.stdout), &o); err != nil || len(o.Cells) != 6 || len(o.Compared) == 0 || o.Machine.CPUs < 1 {
 		t.Errorf("%v: %+v", err, o)
 	}
 	if _, err := os.Stat(filepath.Join(dir, "report.html")); err != nil {
