@@ -35,7 +35,7 @@ const space = " \t\v\f\r"
 //
 //	<first sector> <number of sectors> <type> [<argument>...]
 //
-// Empty lines and those that begin with # are passed over. Errors say which line is wrong, counted from 1, and are EINVAL.
+// Empty lines are passed over, and so is what follows a # at the beginning of a line or of an argument. Errors say which line is wrong, counted from 1, and are EINVAL.
 // What the types and arguments mean is not looked at.
 func Parse(table string) ([]Line, error) {
 	if len(table) > tableBytesMax {
@@ -71,11 +71,22 @@ func parseLine(text string) (l Line, err error) {
 	if l.Type, l.Args = cutWord(text); l.Type == "" {
 		return l, errFormat
 	}
+	l.Args = cutComment(l.Args)
 	if l.Start, err = parseSector(start); err != nil {
 		return l, err
 	}
 	l.Length, err = parseSector(length)
 	return l, err
+}
+
+// cutComment cuts off what follows a # at the beginning of a word. dmsetup cuts at any; but names of devices may have one.
+func cutComment(args string) string {
+	for at := range len(args) {
+		if args[at] == '#' && (at == 0 || strings.IndexByte(space, args[at-1]) >= 0) {
+			return strings.TrimRight(args[:at], space)
+		}
+	}
+	return args
 }
 
 // cutWord cuts the first word off.

@@ -108,6 +108,18 @@ func TestParseBounds(t *testing.T) {
 	}
 }
 
+// TestComments: where one begins.
+func TestComments(t *testing.T) {
+	for args, want := range map[string]string{
+		"": "", "a # b": "a", "#": "", "# a": "", "a#b 0": "a#b 0", "a\t#b": "a", "a \\# b": "a \\# b", "a b#": "a b#", "a b #": "a b",
+	} {
+		lines, err := dm.Parse(" 0 8 x " + args + "\n#0 8 x")
+		if err != nil || len(lines) != 1 || lines[0].Args != want {
+			t.Errorf("%q: %q, %v", args, lines, err)
+		}
+	}
+}
+
 // TestNumbers: what is wrong with a number is said.
 func TestNumbers(t *testing.T) {
 	x := newRig(t, map[string]block.Device{"a": memory(t, 64<<20)})

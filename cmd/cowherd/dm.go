@@ -38,7 +38,13 @@ type dmCmd struct {
 	Ls         dmLsCmd        `cmd:"" help:"List devices."`
 	Targets    dmTargetsCmd   `cmd:"" help:"List the types of targets."`
 	Wait       dmWaitCmd      `cmd:"" help:"Wait for an event of a device."`
-	Mknodes    dmMknodesCmd   `cmd:"" hidden:""`
+	Splitname  dmSplitCmd     `cmd:"" help:"Take a name of LVM's apart."`
+	Version    dmTypeCmd      `cmd:"" name:"target-version" help:"Show the versions of types of targets."`
+	Mknodes    dmNothingCmd   `cmd:"" hidden:""`
+	UdevCreate dmNothingCmd   `cmd:"" name:"udevcreatecookie" hidden:""`
+	UdevEnd    dmNothingCmd   `cmd:"" name:"udevreleasecookie" hidden:""`
+	UdevDone   dmNothingCmd   `cmd:"" name:"udevcomplete" hidden:""`
+	UdevAll    dmNothingCmd   `cmd:"" name:"udevcomplete_all" hidden:""`
 	DMVersion  dmVersionCmd   `cmd:"" name:"version" help:"Show versions."`
 	ShowFields dmFieldsCmd    `cmd:"" name:"help" hidden:""`
 }
@@ -64,6 +70,8 @@ type dmFlags struct {
 	Inactive bool   `help:"table, status: the inactive table."`
 	Verbose  int    `short:"v" type:"counter" help:"create, table, status, deps: show the device's state too. wait: show the number of the event."`
 	Tree     bool   `help:"ls: show what lies on what."`
+	Exec     string `placeholder:"COMMAND" help:"ls: run a command for each device, with /dev/mapper/DEVICE behind it."`
+	Select   string `short:"S" placeholder:"SELECTION" help:"info -c, table, status, deps, remove, suspend, resume, wipe_table: only devices whose columns are so, 'open>0 && name!~tmp' say."`
 
 	Columns      bool   `short:"c" help:"info: one line for each device."`
 	ColumnsToo   bool   `short:"C" hidden:"" name:"columns-too"`
@@ -170,6 +178,16 @@ var errNoDevice = fmt.Errorf("device does not exist: %w", syscall.ENXIO)
 func (r *dmRun) each(args []string, f func(name string) error) error {
 	if len(args) == 0 {
 		args = []string{""}
+		if r.flags.Select != "" && r.flags.UUID == "" && r.flags.Minor == nil {
+			devices, err := r.selected()
+			if err != nil {
+				return err
+			}
+			args = nil
+			for i := range devices {
+				args = append(args, devices[i].Name)
+			}
+		}
 	}
 	var errs []error
 	for _, arg := range args {
@@ -180,6 +198,25 @@ func (r *dmRun) each(args []string, f func(name string) error) error {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+// selected are the devices that --select wants.
+func (r *dmRun) selected() ([]api.DMDevice, error) {
+	wanted, err := parseSelection(r.flags.Select)
+	if err != nil {
+		return nil, err
+	}
+	all, err := r.client.DMDevices(r)
+	if err != nil {
+		return nil, err
+	}
+	var devices []api.DMDevice
+	for i := range all {
+		if wanted(&all[i], all) {
+			devices = append(devices, all[i])
+		}
+	}
+	return devices, nil
 }
 
 // devices are those that the arguments or flags name; all without.
@@ -203,13 +240,11 @@ func (r *dmRun) devices(args []string) (found []api.DMDevice, all bool, err erro
 	return found, false, err
 }
 
-// tableText is the table that a verb is given: by --table, in a file, or on standard input.
+// tableText is the table that a verb is given: by --table, which wins, in a file, or on standard input.
 func (r *dmRun) tableText(file string) (string, error) {
 	var text []byte
 	var err error
 	switch {
-	case r.flags.Table != "" && file != "":
-		return "", usagef("a table on the command line and one in a file contradict each other")
 	case r.flags.Table != "":
 		text = []byte(r.flags.Table)
 	case file != "":

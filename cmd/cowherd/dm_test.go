@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"cowherd/api"
 )
 
 // dmsetup runs a line of a script for dmsetup, with standard input.
@@ -27,6 +29,7 @@ func (r result) wantText(t *testing.T, want string) {
 // TestDM is a script for dmsetup. What is printed was printed by dmsetup with a kernel, but for device names and numbers.
 func TestDM(t *testing.T) {
 	dir := serve(t)
+	t.Setenv("LC_ALL", "C")
 	image := filepath.Join(dir, "a")
 	if err := os.WriteFile(image, make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
@@ -128,6 +131,105 @@ c                253   1 ---w    0    0      0
 	dmsetup(t, "", "ls", "--json").want(t, exitOK, `"uuid": "UUID-1"`, "")
 	dmsetup(t, "", "targets").want(t, exitOK, "linear           v1.4.0\n", "")
 	dmsetup(t, "", "version").want(t, exitOK, "Driver version:    4.48.0\n", "")
+}
+
+// TestDMScripts: what scripts do beside the plain verbs, as dmsetup prints it with a kernel (TestScripts of test/interop).
+func TestDMScripts(t *testing.T) {
+	serve(t)
+	t.Setenv("LC_ALL", "C")
+	for _, x := range []string{
+		"a,,,,0 100 zero", "b,,,,0 50 linear a 0", "c,,,,0 50 linear a 50",
+		"d,UUID-D,,,0 20 linear b 0,20 20 linear c 0", "e",
+	} {
+		dmsetup(t, "", "create", "--concise", x).wantText(t, "")
+	}
+	for _, test := range []struct{ args, want string }{
+		{"ls --tree -o blkdevname,nodevice", "d <dm-3>\n |-c <dm-2>\n |  `-a <dm-0>\n `-b <dm-1>\n    `-a <dm-0>\ne\n"},
+		{"ls --tree -o compact", "d (253:3)-+-c (253:2)---a (253:0)\n          `-b (253:1)---a (253:0)\ne (253:4)\n"},
+		{"ls --tree -o inverted,compact", "a (253:0)-+-b (253:1)---d (253:3)\n          `-c (253:2)---d (253:3)\ne (253:4)\n"},
+		{"ls --tree -o utf,nodevice", "d\n ├─c\n │  └─a\n └─b\n    └─a\ne\n"},
+		{"ls --tree -o vt100,nodevice", "d\n \x1b(0\x0ftq\x1b(Bc\n \x1b(0\x0fx\x1b(B  \x1b(0\x0fmq\x1b(Ba\n \x1b(0\x0fmq\x1b(Bb\n" +
+			"    \x1b(0\x0fmq\x1b(Ba\ne\n"},
+		{"ls --tree -o compact,uuid,nodevice", "d [UUID-D]\n |-c []\n |  `-a []\n `-b []\n    `-a []\ne []\n"},
+		{"-v deps -o devname -S name=e", "Name:              e\nState:             ACTIVE\nTables present:    None\n" +
+			"Open count:        0\nEvent number:      0\nMajor, minor:      253, 4\nNumber of targets: 0\n\n0 dependencies\t:\n\n"},
+		{"ls --exec echo", "/dev/mapper/a\n/dev/mapper/b\n/dev/mapper/c\n/dev/mapper/d\n/dev/mapper/e\n"},
+		{"ls --target zero --exec false", ""},
+		{"ls -o devname", "a\t(a)\nb\t(b)\nc\t(c)\nd\t(d)\ne\t(253:4)\n"},
+		{"status -v d", "Name:              d\nState:             ACTIVE\nTables present:    LIVE\nOpen count:        0\n" +
+			"Event number:      0\nMajor, minor:      253, 3\nNumber of targets: 2\nUUID: UUID-D\n\n0 20 linear \n20 20 linear \n"},
+		{"info -c -o devno,major,minor --nameprefixes a", "DevNo Maj Min\nDM_DEVNO='253:0' DM_MAJOR='253' DM_MINOR='0'\n"},
+		{"info -c -o subsystem,lv_layer d", "Subsys LVLayer\nUUID          \n"},
+		{"splitname vg--x-lv--1-real", "VG   LV   LVLayer\nvg-x lv-1 real   \n"},
+		{"splitname vg-lv-a-b", "VG   LV   LVLayer\nvg   lv   a      \n"},
+		{"splitname plain", "VG    LV   LVLayer\nplain             \n"},
+		{"splitname --noheadings -c -o vg_name,lv_name vg-lv", "vg:lv\n"},
+		{"target-version zero linear", "zero             v1.2.0\nlinear           v1.4.0\n"},
+		{"udevcreatecookie", ""},
+		{"udevcomplete_all 5 -y", ""},
+		{"mknodes a", ""},
+		{"load e extra --table 0,8,zero", ""}, // the table of the command line wins
+		{"clear e", ""},
+	} {
+		args := strings.Fields(test.args)
+		for i := range args {
+			if strings.HasPrefix(args[i], "0,") {
+				args[i] = strings.ReplaceAll(args[i], ",", " ")
+			}
+		}
+		dmsetup(t, "", args...).wantText(t, test.want)
+	}
+	dmsetup(t, "", "target-version", "nosuch").want(t, exitError, "", `no type "nosuch"`)
+	dmsetup(t, "", "ls", "--exec", "/no/such").want(t, exitError, "", "/no/such")
+	dmsetup(t, "", "create", "f", "-n", "--table", "0 8 zero").want(t, exitUsage, "", "incompatible")
+}
+
+// TestDMSelect: --select.
+func TestDMSelect(t *testing.T) {
+	serve(t)
+	dmsetup(t, "", "create", "--concise", "a,,,,0 100 zero;b,,,,0 50 linear a 0;c,,,,0 50 linear a 50;"+
+		"d,UUID-D,,,0 20 linear b 0,20 20 linear c 0;e").wantText(t, "")
+	for _, test := range []struct{ selection, names string }{
+		{"name=a", "a"}, {"name!=a", "b c d e"}, {"name=~[ab]", ""}, {"name=~'[ab]'", "a b"}, {"name=~(a|d)", "a d"},
+		{"name!~^[a-c]$", "d e"}, {"open>0", "a b c"}, {"open>=1 && segments=1", "a b c"}, {"name=a||name=d", "a d"},
+		{"name=a#name=d", "a d"}, {"!(name=a) && minor<3", "b c"}, {"minor<=2,minor!=1", "a c"}, {"!open>0", "d e"},
+		{` name = "d" && uuid!~^X`, "d"}, {"tables_loaded=None", "e"}, {"names_using_dev=d", "b c"}, {"major=252", ""},
+		{"name=a || name=b && minor=7", "a"}, {"(name=a || name=b) && minor=1", "b"}, {"vg_name=x", ""},
+	} {
+		want := strings.ReplaceAll(test.names, " ", "\n")
+		if want != "" {
+			want += "\n"
+		}
+		dmsetup(t, "", "info", "-c", "--noheadings", "-o", "name", "-S", test.selection).wantText(t, want)
+	}
+	dmsetup(t, "", "info", "-c", "--noheadings", "-o", "name,selected", "-S", "name!=a").wantText(t, "a:0\nb:1\nc:1\nd:1\ne:1\n")
+	dmsetup(t, "", "table", "-S", "name=a").wantText(t, "a: 0 100 zero \n")
+	dmsetup(t, "", "table", "-S", "name=x").wantText(t, "")
+	dmsetup(t, "", "suspend", "-S", "name=~[ab]||name=b").wantText(t, "")
+	dmsetup(t, "", "info", "-c", "--noheadings", "-o", "name,attr").wantText(t, "a:L--w\nb:L-sw\nc:L--w\nd:L--w\ne:---w\n")
+	dmsetup(t, "", "resume", "-S", "suspended=Suspended").wantText(t, "")
+	dmsetup(t, "", "remove", "-S", "name=nosuch").wantText(t, "")
+	dmsetup(t, "", "remove", "-S", "tables_loaded=None").wantText(t, "")
+	dmsetup(t, "", "info", "-c", "--noheadings", "-o", "name").wantText(t, "a\nb\nc\nd\n")
+	for _, bad := range []string{
+		"name", "=a", "name=", "name='a", "(name=a", "name=a)", "name=a name=b", "colour=red", "open=x", "name>a", "name=~'('",
+		"name=a &&", "||", "!", "open=-1", "name=~[a",
+	} {
+		dmsetup(t, "", "info", "-c", "-S", bad).want(t, exitUsage, "", "")
+	}
+}
+
+// FuzzSelection: a selection is taken or refused, and a selection that is taken tells something of any device.
+func FuzzSelection(f *testing.F) {
+	for _, text := range []string{"", "name=a", "!(name=~[ab],open>=1)||uuid!='x'#minor<3"} {
+		f.Add(text)
+	}
+	all := []api.DMDevice{{Name: "a", UUID: "LVM-x"}}
+	f.Fuzz(func(_ *testing.T, text string) {
+		if s, err := parseSelection(text); err == nil {
+			s(&all[0], all)
+		}
+	})
 }
 
 func TestDMUsage(t *testing.T) {

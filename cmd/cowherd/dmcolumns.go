@@ -24,7 +24,9 @@ var dmColumns = []dmColumn{
 	{"name", "Name", 16, false, nameValue},
 	{"mangled_name", "MangledName", 16, false, nameValue},
 	{"unmangled_name", "UnmangledName", 16, false, nameValue},
-	{"uuid", "UUID", 32, false, func(d *api.DMDevice, _ []api.DMDevice) string { return d.UUID }},
+	{"uuid", "UUID", 32, false, uuidValue},
+	{"mangled_uuid", "MangledUUID", 32, false, uuidValue},
+	{"unmangled_uuid", "UnmangledUUID", 32, false, uuidValue},
 	{"blkdevname", "BlkDevName", 16, false, func(d *api.DMDevice, _ []api.DMDevice) string { return blkdevname(depOf(d)) }},
 	{"attr", "Stat", 4, false, attrValue},
 	{"tables_loaded", "Tables", 6, false, tablesValue},
@@ -69,6 +71,8 @@ const usualColumns = "name,major,minor,attr,open,segments,events,uuid"
 
 func nameValue(d *api.DMDevice, _ []api.DMDevice) string { return d.Name }
 
+func uuidValue(d *api.DMDevice, _ []api.DMDevice) string { return d.UUID }
+
 // attrValue is four letters: (L)ive, (I)nactive, (s)uspended, (r)ead-only or read-(w)rite.
 func attrValue(d *api.DMDevice, _ []api.DMDevice) string {
 	return either(d.Live, "L", "-") + either(d.Inactive, "I", "-") + either(d.Suspended, "s", "-") +
@@ -109,9 +113,11 @@ func joinDeps(deps []api.DMDep, name func(api.DMDep) string) string {
 // findColumn finds a column by its name, in which underscores do not count.
 func findColumn(name string) (*dmColumn, error) {
 	plain := func(s string) string { return strings.ReplaceAll(s, "_", "") }
-	for i := range dmColumns {
-		if plain(dmColumns[i].id) == plain(name) {
-			return &dmColumns[i], nil
+	for _, columns := range [][]dmColumn{dmColumns, componentColumns} {
+		for i := range columns {
+			if plain(columns[i].id) == plain(name) {
+				return &columns[i], nil
+			}
 		}
 	}
 	return nil, usagef("unrecognised field: %s: \"cowherd dm help -c\" lists them", name)
@@ -125,6 +131,14 @@ func (r *dmRun) columns() ([]*dmColumn, error) {
 	}
 	var columns []*dmColumn
 	for name := range strings.SplitSeq(list, ",") {
+		if name == "selected" {
+			c, err := r.selectedColumn()
+			if err != nil {
+				return nil, err
+			}
+			columns = append(columns, c)
+			continue
+		}
 		c, err := findColumn(name)
 		if err != nil {
 			return nil, err
@@ -132,6 +146,14 @@ func (r *dmRun) columns() ([]*dmColumn, error) {
 		columns = append(columns, c)
 	}
 	return columns, nil
+}
+
+// selectedColumn tells which devices --select wants, of all.
+func (r *dmRun) selectedColumn() (*dmColumn, error) {
+	wanted, err := parseSelection(r.flags.Select)
+	return &dmColumn{"selected", "Selected", 8, true, func(d *api.DMDevice, all []api.DMDevice) string {
+		return either(wanted(d, all), "1", "0")
+	}}, err
 }
 
 // printColumns prints a line for each device.
@@ -155,20 +177,36 @@ func (r *dmRun) printColumns(args []string) error {
 	if err := r.sortDevices(devices, all); err != nil {
 		return err
 	}
+	wanted, err := parseSelection(r.flags.Select)
+	if err != nil {
+		return err
+	}
+	showsAll := slices.ContainsFunc(columns, func(c *dmColumn) bool { return c.id == "selected" })
 	var rows [][]string
 	for i := range devices {
+		if !showsAll && !wanted(&devices[i], all) {
+			continue
+		}
 		row := make([]string, len(columns))
 		for k, c := range columns {
-			row[k] = c.value(&devices[i], all)
-			if r.flags.Nameprefixes {
-				quote := either(r.flags.Unquoted, "", "'")
-				row[k] = "DM_" + strings.ToUpper(c.id) + "=" + quote + row[k] + quote
-			}
+			row[k] = r.cell(c, c.value(&devices[i], all))
 		}
 		rows = append(rows, row)
 	}
+	if len(rows) == 0 {
+		return nil
+	}
 	_, err = io.WriteString(r.stdout, r.layOut(columns, rows))
 	return err
+}
+
+// cell is a value of a column, with its name if that is wanted.
+func (r *dmRun) cell(c *dmColumn, value string) string {
+	if !r.flags.Nameprefixes {
+		return value
+	}
+	quote := either(r.flags.Unquoted, "", "'")
+	return "DM_" + strings.ToUpper(c.id) + "=" + quote + value + quote
 }
 
 // sortDevices sorts by --sort; numbers by their value.
@@ -221,7 +259,7 @@ func (r *dmRun) layOut(columns []*dmColumn, rows [][]string) string {
 		}
 		rows = append([][]string{headings}, rows...)
 	}
-	separator := cmp.Or(r.flags.Separator, either(aligned, " ", ":"))
+	separator := cmp.Or(r.flags.Separator, either(r.flags.Noheadings, ":", " "))
 	for line, row := range rows {
 		cells := slices.Clone(row)
 		for i, c := range columns {
@@ -247,9 +285,11 @@ type dmFieldsCmd struct{}
 
 // Run lists the columns of "info -c".
 func (c *dmFieldsCmd) Run(s *session) error {
-	for i := range dmColumns {
-		if _, err := fmt.Fprintf(s.stdout, "  %-21s - %s\n", dmColumns[i].id, dmColumns[i].heading); err != nil {
-			return err
+	for _, columns := range [][]dmColumn{dmColumns, componentColumns} {
+		for i := range columns {
+			if _, err := fmt.Fprintf(s.stdout, "  %-21s - %s\n", columns[i].id, columns[i].heading); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

@@ -1,9 +1,12 @@
 package main
 
 import (
+	"errors"
 	"fmt"
+	"os/exec"
 	"slices"
 	"strings"
+	"syscall"
 
 	"cowherd/api"
 )
@@ -11,12 +14,17 @@ import (
 // noDevices is what is printed where there is nothing to show.
 const noDevices = "No devices found"
 
-// list runs show for the devices that the arguments name, or for all, and says so when there are none. With more than
-// one, prefix is the name with a colon.
+// list runs show for the devices that the arguments name, or for all that are selected, and says so when there are none.
+// With more than one, prefix is the name with a colon.
 func (r *dmRun) list(args []string, show func(d *api.DMDevice, prefix string) error) error {
 	devices, all, err := r.devices(args)
 	if err != nil {
 		return err
+	}
+	if len(devices) > 0 && all && r.flags.Select != "" {
+		if devices, err = r.selected(); err != nil || len(devices) == 0 && !r.json {
+			return err
+		}
 	}
 	if r.json {
 		return printJSON(r.stdout, api.DMDeviceList{Devices: devices})
@@ -74,11 +82,16 @@ func (c *dmStatusCmd) Run(s *session) error {
 	})
 }
 
-// printTargets prints a line for each target; a device without a table has an empty one.
+// printTargets prints a line for each target; a device without a table has an empty one. Behind its state, with --verbose,
+// a device need not be named again.
 func (r *dmRun) printTargets(d *api.DMDevice, prefix string, what func(*api.DMTarget) string) error {
 	targets := d.Table
 	if r.flags.Inactive {
 		targets = d.InactiveTable
+	}
+	isOne := prefix == ""
+	if r.flags.Verbose > 0 {
+		prefix = ""
 	}
 	var b strings.Builder
 	shown := false
@@ -97,7 +110,7 @@ func (r *dmRun) printTargets(d *api.DMDevice, prefix string, what func(*api.DMTa
 		if err := r.printInfo(d); err != nil {
 			return err
 		}
-		if prefix != "" {
+		if !isOne {
 			b.WriteByte('\n')
 		}
 	}
@@ -118,6 +131,7 @@ func (c *dmInfoCmd) Run(s *session) error {
 	if !r.json && (r.flags.Columns || r.flags.ColumnsToo || r.flags.Options != "") {
 		return r.printColumns(c.Names)
 	}
+	r.flags.Select = "" // as dmsetup has it
 	return r.list(c.Names, func(d *api.DMDevice, _ string) error { return r.printInfo(d) })
 }
 
@@ -172,16 +186,18 @@ func (c *dmDepsCmd) Run(s *session) error {
 		return err
 	}
 	return r.list(c.Names, func(d *api.DMDevice, prefix string) error {
+		end := ""
 		if r.flags.Verbose > 0 {
 			if err := r.printInfo(d); err != nil {
 				return err
 			}
+			prefix, end = "", either(prefix == "", "", "\n")
 		}
 		line := fmt.Sprintf("%s%d dependencies\t:", prefix, len(d.Dependencies))
 		for _, dep := range d.Dependencies {
 			line += " (" + name(dep) + ")"
 		}
-		_, err := fmt.Fprintln(r.stdout, line)
+		_, err := fmt.Fprintln(r.stdout, line+end)
 		return err
 	})
 }
@@ -244,17 +260,32 @@ func (c *dmLsCmd) Run(s *session) error {
 	case len(devices) == 0:
 		_, err := fmt.Fprintln(r.stdout, noDevices)
 		return err
+	case r.flags.Exec != "":
+		return r.exec(devices)
 	case r.flags.Tree:
 		return r.printTree(devices)
 	}
 	for i := range devices {
 		d := &devices[i]
 		as := name(depOf(d))
-		if !d.Live && r.flags.Options == "blkdevname" { // which the kernel's device gets with its first table
+		if !d.Live && r.flags.Options != "" { // the kernel's device gets other names with its first table
 			as = fmt.Sprintf("%d:%d", d.Major, d.Minor)
 		}
 		if _, err := fmt.Fprintf(r.stdout, "%s\t(%s)\n", d.Name, as); err != nil {
 			return err
+		}
+	}
+	return nil
+}
+
+// exec runs a command for each device, whatever becomes of it, as dmsetup does.
+func (r *dmRun) exec(devices []api.DMDevice) error {
+	words := strings.Fields(r.flags.Exec)
+	for i := range devices {
+		cmd := exec.CommandContext(r, words[0], append(slices.Clone(words[1:]), mapperDir+devices[i].Name)...)
+		cmd.Stdout, cmd.Stderr = r.stdout, r.stderr
+		if err := cmd.Run(); err != nil && !errors.As(err, new(*exec.ExitError)) {
+			return fmt.Errorf("--exec: %w", err)
 		}
 	}
 	return nil
@@ -279,8 +310,40 @@ func (c *dmTargetsCmd) Run(s *session) error {
 		return printJSON(r.stdout, api.DMTypeList{Types: types})
 	}
 	for _, t := range types {
-		v := t.Version
-		if _, err := fmt.Fprintf(r.stdout, "%-16s v%d.%d.%d\n", t.Name, v[0], v[1], v[2]); err != nil {
+		if err := r.printType(t); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// printType prints a type of target and its version.
+func (r *dmRun) printType(t api.DMType) error {
+	v := t.Version
+	_, err := fmt.Fprintf(r.stdout, "%-16s v%d.%d.%d\n", t.Name, v[0], v[1], v[2])
+	return err
+}
+
+type dmTypeCmd struct {
+	Types []string `arg:"" name:"target" help:"Types of targets."`
+}
+
+func (c *dmTypeCmd) Run(s *session) error {
+	r, err := s.dm()
+	if err != nil {
+		return err
+	}
+	defer r.client.Close()
+	types, err := r.client.DMTypes(r)
+	if err != nil {
+		return err
+	}
+	for _, name := range c.Types {
+		i := slices.IndexFunc(types, func(t api.DMType) bool { return t.Name == name })
+		if i < 0 {
+			return fmt.Errorf("target-version: there is no type %q: %w", name, syscall.EINVAL)
+		}
+		if err := r.printType(types[i]); err != nil {
 			return err
 		}
 	}

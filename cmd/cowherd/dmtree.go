@@ -1,17 +1,50 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"cowherd/api"
 )
 
+// treeSymbols are what a tree is drawn with.
+type treeSymbols struct {
+	branch, last, bar string // in front of a device, and beside what is below one
+	only, first       string // on the line of the device above, if that is drawn compactly
+}
+
+var treeSets = map[string]treeSymbols{
+	"ascii": {"|-", "`-", "| ", "---", "-+-"},
+	"utf":   {"├─", "└─", "│ ", "───", "─┬─"},
+	"vt100": {vt100("tq"), vt100("mq"), vt100("x") + " ", vt100("qqq"), vt100("qwq")},
+}
+
+// vt100 is text in a terminal's set of line-drawing characters.
+func vt100(text string) string { return "\x1b(0\x0f" + text + "\x1b(B" }
+
+// treeSet is how options, or else the locale, want a tree to be drawn.
+func treeSet(options map[string]bool) treeSymbols {
+	for name, symbols := range treeSets {
+		if options[name] {
+			return symbols
+		}
+	}
+	locale := strings.ToLower(cmp.Or(os.Getenv("LC_ALL"), os.Getenv("LC_CTYPE"), os.Getenv("LANG")))
+	if strings.HasSuffix(locale, ".utf-8") || strings.HasSuffix(locale, ".utf8") {
+		return treeSets["utf"]
+	}
+	return treeSets["ascii"]
+}
+
 // dmTree draws what lies on what.
 type dmTree struct {
 	options map[string]bool
+	symbols treeSymbols
 	devices map[string]*api.DMDevice // mapped devices, by name
 	next    map[string][]api.DMDep   // what is drawn below each device, by its key
 	out     strings.Builder
@@ -39,9 +72,16 @@ func (r *dmRun) printTree(devices []api.DMDevice) error {
 	for word := range strings.SplitSeq(r.flags.Options, ",") {
 		t.options[word] = true
 	}
+	t.symbols = treeSet(t.options)
 	roots := t.link(devices)
+	compact := t.options["compact"] && !t.options["active"] && !t.options["open"] && !t.options["rw"] && !t.options["uuid"]
 	for _, root := range roots {
-		t.line("", root)
+		if compact {
+			t.compact("", root)
+			t.out.WriteByte('\n')
+			continue
+		}
+		t.out.WriteString(t.label(root) + "\n")
 		t.below("", root)
 	}
 	_, err := io.WriteString(r.stdout, t.out.String())
@@ -89,40 +129,61 @@ func (t *dmTree) link(devices []api.DMDevice) (roots []api.DMDep) {
 func (t *dmTree) below(indent string, d api.DMDep) {
 	next := t.next[treeKey(d)]
 	for i, x := range next {
-		if i+1 < len(next) {
-			t.line(indent+" |-", x)
-			t.below(indent+" | ", x)
-		} else {
-			t.line(indent+" `-", x)
-			t.below(indent+"   ", x)
+		symbol, deeper := t.symbols.branch, indent+" "+t.symbols.bar
+		if i+1 == len(next) {
+			symbol, deeper = t.symbols.last, indent+"   "
 		}
+		t.out.WriteString(indent + " " + symbol + t.label(x) + "\n")
+		t.below(deeper, x)
 	}
 }
 
-// line draws one device.
-func (t *dmTree) line(prefix string, x api.DMDep) {
-	t.out.WriteString(prefix + x.Name)
-	if t.options["blkdevname"] {
-		t.out.WriteString(" <" + blkdevname(x) + ">")
+// compact draws d, and the first of what is below it on the same line. The next lines are to begin with indent.
+func (t *dmTree) compact(indent string, d api.DMDep) {
+	label := t.label(d)
+	t.out.WriteString(label)
+	indent += strings.Repeat(" ", utf8.RuneCountInString(label))
+	next := t.next[treeKey(d)]
+	for i, x := range next {
+		isLast := i+1 == len(next)
+		switch {
+		case i == 0 && isLast:
+			t.out.WriteString(t.symbols.only)
+		case i == 0:
+			t.out.WriteString(t.symbols.first)
+		default:
+			t.out.WriteString("\n" + indent + " " + either(isLast, t.symbols.last, t.symbols.branch))
+		}
+		t.compact(indent+" "+either(isLast, "  ", t.symbols.bar), x)
+	}
+}
+
+// label is what stands for a device.
+func (t *dmTree) label(x api.DMDep) string {
+	label := x.Name
+	d := t.devices[treeKey(x)]
+	if t.options["blkdevname"] && (d == nil || d.Live) { // the kernel's device has none before its first table
+		label += " <" + blkdevname(x) + ">"
 	}
 	if !t.options["nodevice"] {
-		t.out.WriteString(" (" + treeKey(x) + ")")
+		label += " (" + treeKey(x) + ")"
 	}
-	if d := t.devices[treeKey(x)]; d != nil {
-		var words []string
-		for _, o := range []struct{ option, word string }{
-			{"active", either(d.Suspended, "SUSPENDED", "ACTIVE")}, {"rw", either(d.ReadOnly, "RO", "RW")},
-			{"open", fmt.Sprint(d.Open)}, {"uuid", d.UUID},
-		} {
-			if t.options[o.option] {
-				words = append(words, o.word)
-			}
-		}
-		if words != nil {
-			t.out.WriteString(" [" + strings.Join(words, ", ") + "]")
+	if d == nil {
+		return label
+	}
+	var words []string
+	for _, o := range []struct{ option, word string }{
+		{"active", either(d.Suspended, "SUSPENDED", "ACTIVE")}, {"rw", either(d.ReadOnly, "RO", "RW")},
+		{"open", fmt.Sprint(d.Open)}, {"uuid", d.UUID},
+	} {
+		if t.options[o.option] {
+			words = append(words, o.word)
 		}
 	}
-	t.out.WriteByte('\n')
+	if words != nil {
+		label += " [" + strings.Join(words, ", ") + "]"
+	}
+	return label
 }
 
 // either is one of two words.

@@ -29,6 +29,9 @@ func (c *dmCreateCmd) Run(s *session) error {
 		return usagef("please provide a name for the new device")
 	}
 	table := ""
+	if r.flags.Notable && r.flags.Table != "" {
+		return usagef("--table and --notable are incompatible")
+	}
 	if !r.flags.Notable {
 		if table, err = r.tableText(c.File); err != nil {
 			return err
@@ -316,9 +319,9 @@ func (c *dmWaitCmd) Run(s *session) error {
 	return err
 }
 
-type dmMknodesCmd struct {
-	Names []string `arg:"" optional:"" name:"device"`
+type dmNothingCmd struct {
+	Words []string `arg:"" optional:"" name:"word"`
 }
 
-// Run has nothing to do: there are no nodes.
-func (dmMknodesCmd) Run(*session) error { return nil }
+// Run has nothing to do: there are no nodes, and no udev.
+func (dmNothingCmd) Run(*session) error { return nil }
