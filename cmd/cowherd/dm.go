@@ -70,7 +70,6 @@ type dmFlags struct {
 	Inactive bool   `help:"table, status: the inactive table."`
 	Verbose  int    `short:"v" type:"counter" help:"create, table, status, deps: show the device's state too. wait: show the number of the event."`
 	Tree     bool   `help:"ls: show what lies on what."`
-	Exec     string `placeholder:"COMMAND" help:"ls: run a command for each device, with /dev/mapper/DEVICE behind it."`
 	Select   string `short:"S" placeholder:"SELECTION" help:"info -c, table, status, deps, remove, suspend, resume, wipe_table: only devices whose columns are so, 'open>0 && name!~tmp' say."`
 
 	Columns      bool   `short:"c" help:"info: one line for each device."`

@@ -153,8 +153,6 @@ func TestDMScripts(t *testing.T) {
 		{"ls --tree -o compact,uuid,nodevice", "d [UUID-D]\n |-c []\n |  `-a []\n `-b []\n    `-a []\ne []\n"},
 		{"-v deps -o devname -S name=e", "Name:              e\nState:             ACTIVE\nTables present:    None\n" +
 			"Open count:        0\nEvent number:      0\nMajor, minor:      253, 4\nNumber of targets: 0\n\n0 dependencies\t:\n\n"},
-		{"ls --exec echo", "/dev/mapper/a\n/dev/mapper/b\n/dev/mapper/c\n/dev/mapper/d\n/dev/mapper/e\n"},
-		{"ls --target zero --exec false", ""},
 		{"ls -o devname", "a\t(a)\nb\t(b)\nc\t(c)\nd\t(d)\ne\t(253:4)\n"},
 		{"status -v d", "Name:              d\nState:             ACTIVE\nTables present:    LIVE\nOpen count:        0\n" +
 			"Event number:      0\nMajor, minor:      253, 3\nNumber of targets: 2\nUUID: UUID-D\n\n0 20 linear \n20 20 linear \n"},
@@ -180,7 +178,6 @@ func TestDMScripts(t *testing.T) {
 		dmsetup(t, "", args...).wantText(t, test.want)
 	}
 	dmsetup(t, "", "target-version", "nosuch").want(t, exitError, "", `no type "nosuch"`)
-	dmsetup(t, "", "ls", "--exec", "/no/such").want(t, exitError, "", "/no/such")
 	dmsetup(t, "", "create", "f", "-n", "--table", "0 8 zero").want(t, exitUsage, "", "incompatible")
 }
 

@@ -1,9 +1,7 @@
 package main
 
 import (
-	"errors"
 	"fmt"
-	"os/exec"
 	"slices"
 	"strings"
 	"syscall"
@@ -260,8 +258,6 @@ func (c *dmLsCmd) Run(s *session) error {
 	case len(devices) == 0:
 		_, err := fmt.Fprintln(r.stdout, noDevices)
 		return err
-	case r.flags.Exec != "":
-		return r.exec(devices)
 	case r.flags.Tree:
 		return r.printTree(devices)
 	}
@@ -273,19 +269,6 @@ func (c *dmLsCmd) Run(s *session) error {
 		}
 		if _, err := fmt.Fprintf(r.stdout, "%s\t(%s)\n", d.Name, as); err != nil {
 			return err
-		}
-	}
-	return nil
-}
-
-// exec runs a command for each device, whatever becomes of it, as dmsetup does.
-func (r *dmRun) exec(devices []api.DMDevice) error {
-	words := strings.Fields(r.flags.Exec)
-	for i := range devices {
-		cmd := exec.CommandContext(r, words[0], append(slices.Clone(words[1:]), mapperDir+devices[i].Name)...)
-		cmd.Stdout, cmd.Stderr = r.stdout, r.stderr
-		if err := cmd.Run(); err != nil && !errors.As(err, new(*exec.ExitError)) {
-			return fmt.Errorf("--exec: %w", err)
 		}
 	}
 	return nil

@@ -32,9 +32,6 @@ x ls --tree -o utf,compact
 x ls --tree -o vt100,compact
 x ls --tree -o compact,uuid,nodevice
 x ls --tree -o vt100
-x ls --exec echo
-x ls --target linear --exec "echo got"
-x ls --exec false
 x ls -o devname
 x ls -o devno
 x ls -o bad
