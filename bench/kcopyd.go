@@ -274,8 +274,8 @@ func busiest(counts []uint64) float64 {
 	return float64(most) / float64(sum)
 }
 
-// run writes, or reads, every chunk of d once by jobs at the same time: each in random order over a range of its own, as fio's
-// jobs in the tests of dm-snapshot's locking series.
+// run writes, or reads, every chunk of d once by jobs at the same time: each in random order over a range of its own, as
+// fio's jobs in the tests of dm-snapshot's locking series.
 func (x *rig) run(d block.Device, op block.Op, jobs, depth int) (sample, error) {
 	for i := range x.offsets {
 		x.offsets[i] = uint32(i)

@@ -225,13 +225,21 @@ func (d *Daemon) suspendManaged(ctx context.Context, e *entry, r api.DMSuspend) 
 	case e.device.Suspended():
 		return nil
 	}
-	if limits := e.device.Limits(); !r.NoFlush && limits.NeedsFlush && !limits.ReadOnly {
+	limits := e.device.Limits()
+	flush := !r.NoFlush && limits.NeedsFlush && !limits.ReadOnly
+	if flush { // most of it while requests go on
 		if err := block.Flush(e.device); err != nil {
 			return fmt.Errorf("suspend %q: %w", e.name, err)
 		}
 	}
 	if err := e.device.Suspend(ctx); err != nil {
 		return err
+	}
+	if flush {
+		if err := e.device.Flush(ctx); err != nil {
+			e.device.Resume()
+			return fmt.Errorf("suspend %q: %w", e.name, err)
+		}
 	}
 	e.paused.Store(true)
 	return nil

@@ -137,8 +137,9 @@ func TestMappedSuspend(t *testing.T) {
 	client := api.NewClient(c.Control)
 	defer client.Close()
 	attach(t, d, "vm", "mem:1M")
+	attach(t, d, "file", image(t, 1<<20)) // which is flushed
 	mustMap(t, client, "x", "0 8 linear mem:1M 0")
-	for _, name := range []string{"vm", "x"} {
+	for _, name := range []string{"vm", "file", "x"} {
 		for range 2 { // the second has nothing to do
 			if err := client.DMSuspend(t.Context(), name, api.DMSuspend{Suspended: true}); err != nil {
 				t.Fatal(err)

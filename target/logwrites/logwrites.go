@@ -96,7 +96,9 @@ type Target struct {
 // New logs what is written to the first size bytes of device. Both stay the caller's.
 func New(device, log target.Lower, size int64) (*Target, error) {
 	sector := int64(max(device.Limits().LogicalBlock, block.SectorSize))
-	t := &Target{device: device, log: log, size: size, limits: device.Limits(), sectorBytes: sector, next: sector, waitMax: waitMax}
+	t := &Target{
+		device: device, log: log, size: size, limits: device.Limits(), sectorBytes: sector, next: sector, waitMax: waitMax,
+	}
 	if t.sectorBytes%int64(log.Limits().LogicalBlock) != 0 {
 		return nil, target.Errorf("the logical block size of the log device %s is larger than that of %s", log.Name, device.Name)
 	}
