@@ -17,7 +17,7 @@ type copyCmd struct {
 	Source      string `arg:"" complete:"file" help:"What is copied: an image file, a block device, an NBD URI, or the name of a live device or snapshot."`
 	Destination string `arg:"" complete:"file" help:"Where it goes: the same; a file that is not there is made."`
 
-	Force             bool   `help:"Overwrite an image that holds data, or a live device."`
+	Force             bool   `help:"Overwrite an image or a block device that holds data, or a live device."`
 	Shared            bool   `help:"Read a source that another program is writing to. What is copied is of no single moment."`
 	Allocated         bool   `help:"Give the destination room for every byte, zeroes included."`
 	DestinationIsZero bool   `help:"Take it for granted that the destination reads as zeroes."`

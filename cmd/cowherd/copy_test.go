@@ -498,7 +498,8 @@ func TestCopyLoop(t *testing.T) {
 	})
 	cowherd(t, "copy", "disk", loop).want(t, exitError, "", "are the same")
 	cowherd(t, "copy", loop, "disk", "--force").want(t, exitError, "", "are the same")
-	cowherd(t, "copy", "a", loop, "--verify").want(t, exitOK, loop+": 3 MiB", "")
+	cowherd(t, "copy", "a", loop).want(t, exitError, "", loop+" holds data, at byte 0: --force overwrites it")
+	cowherd(t, "copy", "a", loop, "--force", "--verify").want(t, exitOK, loop+": 3 MiB", "")
 	got, err := os.ReadFile(loop)
 	if err != nil || !bytes.Equal(got[:len(content)], content) || !bytes.Equal(got[len(content):], bytes.Repeat([]byte{9}, 4<<20-len(content))) {
 		t.Errorf("the loop device holds something else, %v", err)
@@ -514,6 +515,21 @@ func TestCopyLoop(t *testing.T) {
 	cowherd(t, "copy", "a", loop).want(t, exitError, "", "is mounted, or another program holds it")
 	if err := held.Close(); err != nil {
 		t.Fatal(err)
+	}
+	// What is on the device is seen at its start, at its end, and nowhere else.
+	for at, text := range map[int64]string{3: "at byte 3", 4<<20 - 1: "at byte 4194303", 2 << 20: ""} {
+		blank := make([]byte, 4<<20)
+		blank[at] = 1
+		if err := os.WriteFile(loop, blank, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		resumed := cowherd(t, "copy", "a", loop, "--resume", "--journal", "j")
+		if text == "" {
+			resumed.want(t, exitOK, loop+": 3 MiB", "")
+		} else {
+			resumed.want(t, exitError, "", text)
+		}
+		only(t, ".", "a", "back", "disk", "large")
 	}
 }
 

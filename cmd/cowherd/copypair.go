@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"cowherd/backend/file"
+	"cowherd/block"
 	"cowherd/internal/size"
 	"cowherd/transfer"
 )
@@ -85,6 +87,9 @@ func (c *copyCmd) openDestination(ctx context.Context, p *pair) (err error) {
 	if err == nil {
 		err = p.fits()
 	}
+	if err == nil && e.identity.Kind == kindDevice && !c.Force && !(c.Resume && exists(p.journalPath)) {
+		err = checkBlank(e)
+	}
 	if err == nil && c.Resume {
 		err = p.openJournal(false)
 	}
@@ -100,6 +105,32 @@ func (p *pair) fits() error {
 	case to.Size() < need:
 		return fmt.Errorf("%s is too small: it has %d bytes, and %s %d: %w", p.destination.name, to.Size(), p.source.name, need,
 			syscall.ENOSPC)
+	}
+	return nil
+}
+
+// exists tells whether there is something of that name.
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+// blankSize is how many bytes are looked at on each end of a block device.
+const blankSize = 1 << 20
+
+// checkBlank refuses a block device on which something seems to be. File systems, swap, volume managers, encryption,
+// partition tables and the metadata of snapshots and clones all have what they are known by in the first or the last
+// mebibyte; that this is zero also holds for what is not known here.
+func checkBlank(e *copyEnd) error {
+	size := e.device.Size()
+	p := make([]byte, min(blankSize, size))
+	for _, at := range []int64{0, size - int64(len(p))} {
+		if err := block.Read(e.device, p, at); err != nil {
+			return fmt.Errorf("look for data on %s: %w; --force does not look", e.name, err)
+		}
+		if i := bytes.IndexFunc(p, func(r rune) bool { return r != 0 }); i >= 0 {
+			return fmt.Errorf("%s holds data, at byte %d: --force overwrites it: %w", e.name, at+int64(i), syscall.EEXIST)
+		}
 	}
 	return nil
 }
@@ -151,8 +182,7 @@ func (c *copyCmd) prepareImage(p *pair, f *os.File) error {
 	e.identity.Modified = 0 // it is written to
 	_, err = unix.Seek(int(f.Fd()), 0, unix.SEEK_DATA)
 	holdsData := !errors.Is(err, unix.ENXIO)
-	_, err = os.Lstat(p.journalPath)
-	unfinished := err == nil
+	unfinished := exists(p.journalPath)
 	switch {
 	case unfinished && c.Resume && !p.created:
 		return p.goOn(f, want)
