@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -136,5 +137,48 @@ func TestOffloadPolicy(t *testing.T) {
 	if _, err := Run(t.Context(), Options{Source: source, Destination: &copier{Device: other, source: source},
 		Method: Clone, Allocated: true}); !errors.Is(err, syscall.EINVAL) {
 		t.Errorf("an allocated clone: %v", err)
+	}
+}
+
+// cloner clones by doing nothing, as both sides are holes, and notes the lengths.
+type cloner struct {
+	block.Device
+	good    int // so many calls go well
+	lengths []int64
+}
+
+func (c *cloner) CopyOffers(block.Device) []block.CopyOffer {
+	return []block.CopyOffer{{Method: block.CopyClone, Granularity: 4096, TailAtEnd: true, LengthMax: 1 << 30, Concurrency: 1}}
+}
+
+func (c *cloner) Copy(_ block.CopyMethod, _ block.Device, _, _, length int64) (int64, error) {
+	c.lengths = append(c.lengths, length)
+	if len(c.lengths) > c.good {
+		return 0, syscall.ENOTSUP
+	}
+	return length, nil
+}
+
+// TestCloneLengths: the first clone is a window, which shows whether it works, and the others are as long as may be. What
+// cannot be cloned is found out by few calls.
+func TestCloneLengths(t *testing.T) {
+	const size = 3<<30 + 4096 + 512
+	for _, test := range []struct {
+		good  int
+		want  []int64
+		clone int64
+	}{
+		{9, []int64{windowSize, 1 << 30, 1 << 30, size - 2<<30 - windowSize}, size},
+		{0, []int64{windowSize}, 0},
+	} {
+		source, d := newDevice(t, "mem", size, nil), &cloner{Device: newDevice(t, "mem", size, nil), good: test.good}
+		var told atomic.Int64
+		r, err := Run(t.Context(), Options{
+			Source: source, Destination: d, Zeroed: true, Sparse: SparseDefault, Flush: true,
+			Progress: func(_ How, n int64) { told.Add(n) },
+		})
+		if err != nil || !slices.Equal(d.lengths, test.want) || r.Clone != test.clone || told.Load() != size {
+			t.Errorf("clones of %d, want %d; %+v, told %d, %v", d.lengths, test.want, r, told.Load(), err)
+		}
 	}
 }
