@@ -9,7 +9,7 @@
 //	worker      batch := next of the planner, which looks up, a window at a time, the extents of the source, and of
 //	            the destination unless it is known to be zero
 //	            for each piece:
-//	              offload   a job of kcopyd; where that is not possible, the next line
+//	              offload   a clone, or a job of kcopyd; where that is not possible, the next line
 //	              data      read the source; look for zeroes; write what is not
 //	              zero      write zeroes
 //	            the batch is done: the low-water mark rises to the start of the first one that is not
@@ -25,8 +25,9 @@
 // kcopyd copies what it is told to and does not look at the bytes. Looking costs nothing while they are in the cache:
 // a piece of 256 KiB lies in the second-level cache from the read to the write, and a unit of 4 KiB that is not zero is
 // nearly always known by its first eight bytes. Copied by kcopyd and looked at by somebody else, each byte would cross
-// the memory once more, of four times in all. So read and write are here, and only what is moved without being seen
-// (clones, the device's and the server's copy) is kcopyd's.
+// the memory once more, of four times in all. So read and write are here, and only what is moved without being seen (the
+// device's and the server's copy, clones among other ways) is kcopyd's. Where a clone is the only way there is nothing to
+// choose: it is one call, which the first worker makes itself.
 //
 // # Arithmetic
 //

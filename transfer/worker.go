@@ -91,6 +91,9 @@ func (w *worker) copy(ctx context.Context, x piece) error {
 		w.buffer = memory(w.PieceSize)
 	}
 	for start, end := x.offset, x.offset+x.length; start < end; { // one turn, unless it was to be offloaded
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
 		n := min(w.PieceSize-start%w.PieceSize, end-start)
 		if err := w.readWrite(ctx, start, n, x.over); err != nil {
 			return err
