@@ -61,7 +61,7 @@ const (
 // hydrator hydrates in the background. Workers are goroutines that exist while there is something to do:
 //
 //	worker:  until nothing is left, or it is stopped
-//	           wait while the threshold is reached, or another worker looks for regions
+//	           wait while the threshold or the window is full, or another worker looks for regions
 //	           find regions: to be tried again, that were read, near what was read, the next
 //	           claim them and hand them to kcopyd; on synchronous devices it is over then
 //
@@ -108,9 +108,10 @@ type hydrator struct {
 	scanning bool // +checklocks:mu
 	// There is something new to find.
 	again bool // +checklocks:mu
-	// Regions and copies in flight.
+	// Regions and copies in flight, and how much may be.
 	regions Region // +checklocks:mu
 	copies  int    // +checklocks:mu
+	window  window // +checklocks:mu
 	// No copy begins before that.
 	restUntil time.Time // +checklocks:mu
 	// The next region; a region before it that must be looked at once more.
@@ -234,12 +235,13 @@ func (x *hydrator) next(queue block.Queue) *hydration {
 			x.mu.Lock()
 			continue
 		}
-		if x.scanning || x.regions >= x.threshold {
+		limit := min(x.threshold, x.window.regions(x.clone.shift))
+		if x.scanning || x.regions >= limit {
 			x.cond.Wait()
 			continue
 		}
 		x.scanning, x.again = true, false
-		most, busy := min(x.batch, x.threshold-x.regions), x.copies > 0
+		most, busy := min(x.batch, limit-x.regions), x.copies > 0
 		x.mu.Unlock()
 		h, found := x.scan(queue, most, busy)
 		x.mu.Lock()
@@ -473,9 +475,9 @@ func (x *hydrator) extentAt(offset int64) extent {
 func (x *hydrator) copied(h *hydration, err error) {
 	r := run{start: h.start, end: h.start + h.count, attempt: h.attempt}
 	var rest time.Time
+	now, began, zero := time.Now(), h.began, h.zero
 	if h.active {
-		now := time.Now()
-		rest = now.Add(min(now.Sub(h.began), restMax))
+		rest = now.Add(min(now.Sub(began), restMax))
 	}
 	t := h.table
 	_, err = h.finish(err, false)
@@ -485,6 +487,9 @@ func (x *hydrator) copied(h *hydration, err error) {
 	x.mu.Lock()
 	x.regions -= r.end - r.start
 	x.copies--
+	if err == nil && !zero {
+		x.window.copied(int64(r.end-r.start)<<x.clone.shift, max(windowMin, x.clone.regionSize), began, now, x.copies == 0)
+	}
 	if !rest.IsZero() {
 		x.restUntil = rest
 	}
