@@ -93,14 +93,6 @@ func (d *Daemon) openSource(name string, x *cloned) error {
 	return nil
 }
 
-// remote is an export as the source of a clone. One that has failed, because its server was away for too long, can be opened
-// anew, and then takes the place of the other.
-type remote struct {
-	config nbd.Config
-	device atomic.Pointer[nbd.Device]
-	closed atomic.Bool
-}
-
 // ownName is the name of the device or snapshot that a source is, if that is the URI of an export of this daemon; any other
 // source is returned as it is. Over a connection to itself a daemon that is started anew would wait for its own answer.
 func (d *Daemon) ownName(source string) string {
@@ -130,6 +122,14 @@ func sameAddress(network, a, b string) bool {
 	}
 	y, err := os.Stat(b)
 	return err == nil && os.SameFile(x, y)
+}
+
+// remote is an export as the source of a clone. One that has failed, because its server was away for too long, can be opened
+// anew, and then takes the place of the other.
+type remote struct {
+	config nbd.Config
+	device atomic.Pointer[nbd.Device]
+	closed atomic.Bool
 }
 
 // openRemote connects to an export. What becomes of its connections is in the log.
@@ -285,6 +285,9 @@ func (d *Daemon) mappedSource(o *origin) bool {
 
 // letMappedGo has a clone let go of a mapped device while the daemon stops, so that this can be removed.
 func (d *Daemon) letMappedGo(ctx context.Context, o *origin) error {
+	if _, named := sourceName(o.request.Clone.Source); !named {
+		return nil
+	}
 	if err := o.lock(ctx); err != nil {
 		return nil // it is gone, or somebody tells who closes it
 	}

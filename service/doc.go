@@ -71,6 +71,7 @@
 //	  stateFile.writing   a semaphore held while the state file is written
 //	  registry.mu       names, and files in use
 //	  origin.snapsMu    the origin's snapshots
+//	  cloned.mu         the source of a clone
 //	  entry.mu          state and users of a name
 //	    bus.mu          events
 //	Daemon.throttling   alone

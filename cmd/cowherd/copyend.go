@@ -54,7 +54,7 @@ func (c *copyCmd) findEnd(ctx context.Context, s *session, name string, destinat
 		case destination && !c.Force:
 			return nil, fmt.Errorf("%s is a live device: --force overwrites it; .%c%s is a file: %w", name, filepath.Separator, name,
 				syscall.EEXIST)
-		case live.SizeBytes == 0 && live.Lost == "":
+		case live.Kind == "" && live.SizeBytes == 0:
 			return nil, fmt.Errorf("%s is a mapped device without a live table", name)
 		case len(live.URIs) == 0:
 			return nil, fmt.Errorf("%s is a live device that the daemon does not export", name)
