@@ -206,7 +206,7 @@ func TestScripts(t *testing.T) {
 	ours := hostShell(t, d, a, b, script)
 	g := kernel(t, "set +e\nA=/dev/vda B=/dev/vdb tmp=/tmp\n"+script, newImage(t, tablesSize), newImage(t, tablesSize))
 	theirs := strings.NewReplacer("linear 253:0", "linear a", "linear 253:1", "linear b", "linear 253:2", "linear c").
-		Replace(g.output)
+		Replace(g.Output)
 	mine, linux := commandsOf(ours), commandsOf(theirs)
 	if len(mine) != len(linux) {
 		t.Fatalf("%d commands were run here, %d by Linux", len(mine), len(linux))
