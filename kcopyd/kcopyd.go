@@ -62,7 +62,7 @@
 //
 // A source that is a block.Lender shows its bytes where they lie: nothing is read and no buffer taken, and the piece is as
 // long as the loan; what is left is the sub-job's next piece. While the throttle (throttle.go) finds the foreground busy,
-// pieces are cut short in the same way. A job of several pieces in sequence does neither: what is left for later would need
+// pieces may be cut short in the same way. A job of several pieces in sequence does neither: what is left for later would need
 // a buffer that those behind it hold. The throttle is passed before a piece is planned and before a buffer is taken.
 //
 // # Buffers

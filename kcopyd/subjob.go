@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"cowherd/block"
 )
@@ -41,19 +42,21 @@ type subJob struct {
 	unread   bool  // it could not be read
 	cut      bool  // it is not written because of an error before it
 	admitted bool  // by the throttle, which is to be told of its end
-	gentle   bool  // the foreground is busy: the piece is to be small
+	gentle   bool  // the foreground is busy, and the piece is to be small
+	yields   bool  // the foreground was busy when it was admitted
 
 	barrier barrier
 	req     block.Request // the read, then the write to destination 0; of a lent piece its bytes
 	noise   uint32        // decides which pieces are timed
 	parked  bool          // it waits for its turn; guarded by the job's state.mu
 
-	fan     *fan     // the other writes; nil until there are some
-	began   int64    // when it was begun, in ns of the engine's clock; valid if timed
-	avoid   int64    // up to where, from the start of the job, offload made no progress
-	expects int64    // bytes that the throttle was paid for
-	wake    func()   // goOn; nil until s has waited for the throttle
-	passage *passage // the way of the piece while it is being offloaded
+	fan     *fan          // the other writes; nil until there are some
+	began   int64         // when it was begun, in ns of the engine's clock; valid if timed
+	avoid   int64         // up to where, from the start of the job, offload made no progress
+	expects int64         // bytes that the throttle was paid for
+	entered time.Duration // when it was admitted, by the throttle's clock; valid if it yields
+	wake    func()        // goOn; nil until s has waited for the throttle
+	passage *passage      // the way of the piece while it is being offloaded
 }
 
 // fan holds the requests for the destinations after the first. It is pooled.

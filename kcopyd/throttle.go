@@ -13,13 +13,17 @@ import (
 )
 
 const (
-	// gentlePiece is the size in bytes of a background piece while the foreground is busy: what somebody waits for at most
-	// who wants the CPU, or the device, that it is copied with.
-	gentlePiece = 64 << 10
+	// gentlePiece is the size in bytes of a gentle piece (see pace): what somebody waits for at most who wants the CPU, or
+	// the device, that it is copied with.
+	gentlePiece = 32 << 10
 	// busyForDefault is for how long the foreground counts as busy after its last request.
 	busyForDefault = 2 * time.Millisecond
-	// foregroundBit is the bit of Throttle.active for a foreground that is, or was, busy; below are the classes' bits.
+	// foregroundBit is the bit of Throttle.active for a foreground that is, or was, busy, and paceBit for pieces that wait for
+	// a number of its requests; below are the classes' bits.
 	foregroundBit = 1 << 31
+	paceBit       = 1 << 30
+	// lookEvery is how many requests of a queue there are between two looks at whether a piece may begin.
+	lookEvery = 16
 )
 
 // A Limit bounds what is copied for one class of jobs. The zero value does not.
@@ -45,20 +49,18 @@ type Limit struct {
 //
 // Whoever serves requests in the foreground says so by Foreground, which is one addition to a counter of his queue. While
 // these counters move, of all background pieces (classes other than CopyOnWrite) half as many are in flight as there are
-// CPUs, at least one; they are small (but for those of large jobs in sequence); and after each the goroutine yields. The
-// others wait, without a buffer, for one that ends. So there is always a CPU that looks for requests, and what is asked of
-// a device finds its queue short. What it is worth depends on the device (BenchmarkForeground, two queues on two busy CPUs):
-// beside a copy between files on tmpfs the slowest of 100 writes took 5 to 25 us instead of 57 to 82, and of 1000 0.5 to 1 ms
-// instead of 1.8; in memory, where a piece is over soon anyway, nothing was
-// gained, and the slowest of 1000 took longer. The copy was slower meanwhile, by two thirds.
+// CPUs, at least one, so that what is asked of a device finds its queue short; and their pace (pace.go) is such that few
+// requests meet one, or that it does them little harm. The others wait, without a buffer, for one that ends, or for the
+// time of the next.
 //
 // Where nothing is limited and the foreground is silent, an engine loads one word that nobody writes.
 //
 // Lock order: mu is the only lock; it is taken with no other held.
 type Throttle struct {
-	active     atomic.Uint32 // bits: the classes that are limited, and foregroundBit
+	active     atomic.Uint32 // bits: the classes that are limited, foregroundBit, paceBit
 	_          percpu.Pad
 	foreground percpu.Shards[atomic.Uint64] // requests since the throttle was made
+	due        atomic.Uint64                // pace.due, valid with paceBit
 	epoch      time.Time
 
 	mu sync.Mutex
@@ -68,6 +70,10 @@ type Throttle struct {
 	yielding subJobs // in the background, and waiting for one that ends
 	// +checklocks:mu
 	yielded int // in flight that such may wait for
+	// +checklocks:mu
+	pace pace
+	// +checklocks:mu
+	pacer *time.Timer // fires when pace.latest has come; nil until somebody waits
 	// +checklocks:mu
 	yields uint64 // sub-jobs that had to wait for the foreground
 	// +checklocks:mu
@@ -150,10 +156,30 @@ func (t *Throttle) Yields() uint64 {
 
 // Foreground notes a request of somebody who waits for it. Exports call it for each request that they take, on its queue.
 func (t *Throttle) Foreground(q block.Queue) {
-	t.foreground.At(uint(q)).Add(1)
-	if t.active.Load()&foregroundBit == 0 {
+	n := t.foreground.At(uint(q)).Add(1)
+	active := t.active.Load()
+	if active&foregroundBit == 0 {
 		t.active.Or(foregroundBit)
 	}
+	if active&paceBit != 0 && n%lookEvery == 0 {
+		t.look()
+	}
+}
+
+// look lets a piece begin if as many requests have been taken as it has been put off for.
+func (t *Throttle) look() {
+	if t.requests() >= t.due.Load() {
+		t.goOn()
+	}
+}
+
+// requests is how many requests in the foreground have ever been taken.
+func (t *Throttle) requests() uint64 {
+	var sum uint64
+	for i := range t.foreground.Len() {
+		sum += t.foreground.Index(i).Load()
+	}
+	return sum
 }
 
 // burst is how many bytes may be saved up.
@@ -207,20 +233,72 @@ func (t *Throttle) admits(s *subJob) bool {
 func (t *Throttle) enterLocked(s *subJob) bool {
 	class := s.job.Class % ClassCount
 	if class != CopyOnWrite && t.busyLocked() {
-		if t.yielded >= yieldedMost() {
+		if !t.opensLocked() {
 			t.yielding.push(s)
 			t.yields++
+			t.awaitLocked()
 			return false
 		}
 		t.yielded++
-		s.gentle = true
-		s.expects = min(s.expects, gentlePiece)
+		s.yields, s.entered = true, t.now()
+		if s.gentle = t.pace.begun(s.entered); s.gentle {
+			s.expects = min(s.expects, gentlePiece)
+		}
 	}
 	c := &t.classes[class]
 	c.balance -= float64(s.expects)
 	c.inFlight++
 	s.admitted = true
 	return true
+}
+
+// opensLocked tells whether another piece may be let in while the foreground is busy.
+//
+// +checklocks:t.mu
+func (t *Throttle) opensLocked() bool {
+	return t.yielded < yieldedMost() && t.pace.opens(t.now(), t.requests())
+}
+
+// awaitLocked sees to those that yield, unless a piece is in flight whose end will: requests in the foreground are to look
+// after them, and a timer if there are too few.
+//
+// +checklocks:t.mu
+func (t *Throttle) awaitLocked() {
+	if t.yielded >= yieldedMost() {
+		return
+	}
+	t.due.Store(t.pace.due)
+	t.active.Or(paceBit)
+	d := max(min(t.pace.latest-t.now(), t.busyFor), time.Microsecond) // the foreground may have fallen silent by then
+	if t.pacer == nil {
+		t.pacer = time.AfterFunc(d, t.goOn)
+		return
+	}
+	t.pacer.Reset(d)
+}
+
+// goOn lets those go on that yield, as far as they may.
+func (t *Throttle) goOn() {
+	t.mu.Lock()
+	t.active.And(^uint32(paceBit)) // whoever has to wait sets it again
+	freed := t.openLocked()
+	t.mu.Unlock()
+	freed.wakeAll()
+}
+
+// openLocked takes those that yield and may go on from their list.
+//
+// +checklocks:t.mu
+func (t *Throttle) openLocked() (freed subJobs) {
+	for t.yielding.head != nil && (t.opensLocked() || !t.busyLocked()) {
+		if next := t.yielding.pop(); t.enterLocked(next) {
+			freed.push(next)
+		}
+	}
+	if t.yielding.head != nil {
+		t.awaitLocked()
+	}
+	return freed
 }
 
 // yieldedMost is how many pieces are in flight in the background while the foreground is busy.
@@ -233,11 +311,7 @@ func (t *Throttle) busyLocked() bool {
 	if t.active.Load()&foregroundBit == 0 {
 		return false
 	}
-	var sum uint64
-	for i := range t.foreground.Len() {
-		sum += t.foreground.Index(i).Load()
-	}
-	now := t.now()
+	sum, now := t.requests(), t.now()
 	if sum != t.seen {
 		t.seen, t.seenAt = sum, now
 		return true
@@ -255,19 +329,18 @@ func (t *Throttle) leave(s *subJob) {
 	moved := s.moved()
 	t.mu.Lock()
 	c := &t.classes[class]
-	c.advance(t.now())
+	now := t.now()
+	c.advance(now)
 	c.balance += float64(s.expects - moved)
 	c.inFlight--
-	if s.gentle {
+	if s.yields {
 		t.yielded--
-	}
-	s.admitted, s.gentle = false, false
-	var freed subJobs
-	for t.yielding.head != nil && (t.yielded < yieldedMost() || !t.busyLocked()) {
-		if next := t.yielding.pop(); t.enterLocked(next) {
-			freed.push(next)
+		if s.length > 0 { // else it found nothing to copy
+			t.pace.ended(s.entered, now, moved, t.requests())
 		}
 	}
+	s.admitted, s.gentle, s.yields = false, false, false
+	freed := t.openLocked()
 	more := t.releaseLocked(class)
 	t.mu.Unlock()
 	freed.join(&more)

@@ -3,6 +3,7 @@ package kcopyd
 import (
 	"errors"
 	"math"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -188,8 +189,8 @@ func busyFor(t *Throttle, d time.Duration) {
 	t.busyFor = d
 }
 
-// TestYield: while the foreground is busy, few background pieces are in flight, and small ones; work that a request waits
-// for is not held up, and when the foreground is silent nothing is.
+// TestYield: while the foreground is busy, few background pieces are in flight; work that a request waits for is not held
+// up, and when the foreground is silent nothing is.
 func TestYield(t *testing.T) {
 	for _, engine := range engines {
 		t.Run(engine.name, func(t *testing.T) {
@@ -197,11 +198,6 @@ func TestYield(t *testing.T) {
 			busyFor(throttle, time.Hour) // whether its goroutine runs in time is not what is tested
 			e := engine.make(Config{Throttle: throttle})
 			held := newAsync(t, null{}, 0, 1)
-			var longest atomic.Int64
-			source := &hooked{held, func(r *block.Request) {
-				longest.Store(max(longest.Load(), r.Length))
-				held.Submit(r)
-			}}
 			var wg sync.WaitGroup
 			jobs := make([]Job, 3*yieldedMost())
 			stop := make(chan struct{})
@@ -219,7 +215,7 @@ func TestYield(t *testing.T) {
 			})
 			waitUntil(func() bool { return throttle.active.Load() != 0 })
 			for i := range jobs {
-				jobs[i] = Job{From: Region{source, 0}, To: []Region{{null{}, 0}}, Length: []int64{300 << 10, 2 << 20}[i%2],
+				jobs[i] = Job{From: Region{held, 0}, To: []Region{{null{}, 0}}, Length: []int64{3 << 20, 16 << 20}[i%2],
 					Class: Hydration, Done: func(*Job) { wg.Done() }}
 				wg.Add(1)
 				e.Submit(&jobs[i])
@@ -233,15 +229,13 @@ func TestYield(t *testing.T) {
 				}
 				held.step(false)
 			}
-			if longest.Load() > gentlePiece {
-				t.Errorf("a piece of %d bytes", longest.Load())
-			}
 			close(stop)
 			foreground.Wait()
 			busyFor(throttle, busyForDefault)
 			var finished atomic.Bool
 			go func() { wg.Wait(); finished.Store(true) }()
 			waitUntil(func() bool { held.step(false); return finished.Load() })
+			var longest atomic.Int64
 			measured := &hooked{null{}, func(r *block.Request) {
 				longest.Store(max(longest.Load(), r.Length))
 				r.Complete(nil)
@@ -253,6 +247,88 @@ func TestYield(t *testing.T) {
 			closeClean(t, e)
 		})
 	}
+}
+
+// TestPace: a slow foreground meets small pieces; of a fast one many requests are served between two bursts of whole
+// pieces, or much time passes; and nobody waits for a silent one.
+func TestPace(t *testing.T) {
+	for _, test := range []struct {
+		every                 time.Duration // from one request to the next
+		gentle                bool
+		piecesLeast           int // in a second
+		burstsLeast, gapLeast int // bursts in a second, and requests between them
+	}{
+		{every: 100 * time.Millisecond, piecesLeast: 30000},
+		{every: time.Millisecond, gentle: true, piecesLeast: 19000},
+		{every: 4 * time.Microsecond, piecesLeast: 250, burstsLeast: 26, gapLeast: apartFor},
+		{every: 50 * time.Microsecond, piecesLeast: 170, burstsLeast: 18, gapLeast: int(apartMost/(50*time.Microsecond)) - 1},
+	} {
+		t.Run(test.every.String(), func(t *testing.T) {
+			inBubble(t, func(t *testing.T, e testEngine, throttle *Throttle) {
+				p := paced{throttle: throttle}
+				p.copy(e, test.every)
+				if p.pieces < test.piecesLeast || test.gentle && p.whole > 0 {
+					t.Errorf("%d pieces, %d of them whole, want at least %d", p.pieces, p.whole, test.piecesLeast)
+				}
+				if len(p.gaps) < test.burstsLeast || slices.ContainsFunc(p.gaps, func(n int) bool { return n < test.gapLeast }) {
+					t.Errorf("%d bursts with gaps of %v requests, want %d with %d", len(p.gaps)+1, p.gaps, test.burstsLeast,
+						test.gapLeast)
+				}
+			})
+		})
+	}
+}
+
+// paced is a copy beside requests in the foreground.
+type paced struct {
+	throttle *Throttle
+
+	mu                                sync.Mutex
+	served, pieces, whole, servedThen int   // requests; pieces; requests when the last piece began
+	gaps                              []int // requests between bursts
+}
+
+// copy copies for a second, by pieces that take 50 us, or 200 us if they are whole.
+func (p *paced) copy(e Engine, every time.Duration) {
+	stop := make(chan struct{})
+	var foreground sync.WaitGroup
+	foreground.Go(func() {
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(every):
+				p.mu.Lock()
+				p.served++
+				p.mu.Unlock()
+				p.throttle.Foreground(0)
+			}
+		}
+	})
+	source := &hooked{null{}, func(r *block.Request) {
+		p.note(r)
+		time.AfterFunc(50*time.Microsecond*time.Duration(min(r.Length/gentlePiece, 4)), func() { r.Complete(nil) })
+	}}
+	time.Sleep(every + time.Microsecond)
+	for start := time.Now(); time.Since(start) < time.Second; {
+		run(e, &Job{From: Region{source, 0}, To: []Region{{null{}, 0}}, Length: 4 << 20, Class: Bulk})
+	}
+	close(stop)
+	foreground.Wait()
+}
+
+// note counts a piece, which begins.
+func (p *paced) note(r *block.Request) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.pieces++
+	if r.Length > gentlePiece {
+		p.whole++
+	}
+	if gap := p.served - p.servedThen; gap > 100 { // in a burst there are 50
+		p.gaps = append(p.gaps, gap)
+	}
+	p.servedThen = p.served
 }
 
 // TestGentleCopies: small pieces copy all bytes, whatever the length and the flags.
