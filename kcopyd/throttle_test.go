@@ -267,6 +267,8 @@ func TestPace(t *testing.T) {
 			inBubble(t, func(t *testing.T, e testEngine, throttle *Throttle) {
 				p := paced{throttle: throttle}
 				p.copy(e, test.every)
+				p.mu.Lock()
+				defer p.mu.Unlock()
 				if p.pieces < test.piecesLeast || test.gentle && p.whole > 0 {
 					t.Errorf("%d pieces, %d of them whole, want at least %d", p.pieces, p.whole, test.piecesLeast)
 				}
@@ -283,9 +285,17 @@ func TestPace(t *testing.T) {
 type paced struct {
 	throttle *Throttle
 
-	mu                                sync.Mutex
-	served, pieces, whole, servedThen int   // requests; pieces; requests when the last piece began
-	gaps                              []int // requests between bursts
+	mu sync.Mutex
+	// +checklocks:mu
+	served int // requests
+	// +checklocks:mu
+	servedThen int // when the last piece began
+	// +checklocks:mu
+	pieces int
+	// +checklocks:mu
+	whole int
+	// +checklocks:mu
+	gaps []int // requests between bursts
 }
 
 // copy copies for a second, by pieces that take 50 us, or 200 us if they are whole.
