@@ -104,7 +104,7 @@ var plan = []scenario{
 		{name: "writes to clone, none hydrated", job: randomWrites},
 	}},
 	{"clone-hydrate", qsdStream, []step{
-		{name: "writes to clone while it hydrates", job: randomWrites, hydrate: true},
+		{name: "writes to clone while it hydrates", job: randomWrites, hydrate: true, bars: map[int]float64{1: 3}},
 	}},
 	{"clone-idle", qsdStream, []step{
 		{name: "hydration alone", job: nothing, hydrate: true},
