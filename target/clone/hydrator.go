@@ -480,12 +480,15 @@ func (x *hydrator) copied(h *hydration, err error) {
 		rest = now.Add(min(now.Sub(began), restMax))
 	}
 	t := h.table
+	// Before they are settled: the status never tells of more regions being hydrated than are left to be.
+	x.mu.Lock()
+	x.regions -= r.end - r.start
+	x.mu.Unlock()
 	_, err = h.finish(err, false)
 	if err == nil && t.count() == t.regions {
 		x.clone.committer.now() // it was the last
 	}
 	x.mu.Lock()
-	x.regions -= r.end - r.start
 	x.copies--
 	if err == nil && !zero {
 		x.window.copied(int64(r.end-r.start)<<x.clone.shift, max(windowMin, x.clone.regionSize), began, now, x.copies == 0)
