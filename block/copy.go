@@ -36,6 +36,8 @@ type CopyOffer struct {
 	LengthMax int64
 	// Concurrency is how many calls at a time the destination gains from; at least 1.
 	Concurrency int
+	// Lasting: what was copied so even once makes later writes to the source and the destination dearer, wherever they go.
+	Lasting bool
 }
 
 // A Copier is a device that can be filled from another one by copy offload. It is an optional power of a Device, and of

@@ -40,6 +40,9 @@ func (d *Device) CopyOffers(source block.Device) []block.CopyOffer {
 		longest := max(d.cloneMax&^(d.fsBlock-1), d.fsBlock)
 		offers = append(offers, block.CopyOffer{
 			Method: block.CopyClone, Granularity: d.fsBlock, TailAtEnd: true, LengthMax: longest, Concurrency: 1,
+			// XFS marks both files as ones that share blocks. From then on each write looks in the file system's tree of
+			// shared blocks: one clone of 4 KiB made writes of 16 KiB through the page cache take 2 us more, a third.
+			Lasting: d.fsType == unix.XFS_SUPER_MAGIC,
 		})
 	}
 	if d.copiesAtServer(s) {
