@@ -18,7 +18,7 @@ type jobState struct {
 	core  *core  // the engine; nil while the job is not in flight
 	shard *shard // whose buffers and counters the job uses
 	// watched is what those remember of the job who are told of it; nil: nobody is.
-	watched *watched
+	watched *jobWatch
 	// lender is the source if it lends its bytes: then no buffer is needed, and nothing is read.
 	lender block.Lender
 	split  *split // the sub-jobs of a job of several pieces; nil: whole

@@ -44,7 +44,7 @@
 //	sub-job:  find the leaves below the next part (block.Remapper), and hold the layers
 //	          pair := source leaf, destination leaf     unknown: the destination is asked for its offers, once
 //	          the first route of the pair that is not absent, may be used, and fits the alignment:
-//	              learnt to be faster for the job's size      none: let the layers go, read and write a piece
+//	              learnt to be cheaper for the job's size     none: let the layers go, read and write a piece
 //	          wait in the destination's lane, call block.Copier.Copy until the part is copied
 //	              short: go on; no progress: read and write the next SubJobSize, then look again;
 //	              ENOTSUP, or no progress stuckMost times in a row: the route is absent for absentFor, plan anew;
@@ -55,7 +55,7 @@
 // time as the destination gains from, because they block. Layers are held while a part is in the lane, and never while a
 // plain request is submitted: a layer that is being suspended would wait for the holder, who would wait for it.
 //
-// What is faster is learnt for each route and size (learn.go), from 64 KiB on being offloaded at first. Small jobs pay
+// What is cheaper is learnt for each route and size (learn.go), from 128 KiB on being offloaded at first. Small jobs pay
 // one comparison for all this.
 //
 // # Loans, small pieces, and the throttle

@@ -2,6 +2,7 @@ package kcopyd
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"syscall"
 
 	"cowherd/block"
@@ -111,11 +112,20 @@ func (c *core) climbs(j *Job) (bool, error) {
 
 // worthwhile tells whether there is a method between the two leaves of the pair p that is worth a look.
 func (c *core) worthwhile(j *Job, p *pair) bool {
-	if p.usable(c.allowed(j)) {
+	r := p.usable(c.allowed(j))
+	if r == nil {
+		j.state.why = reasonNoMethod
+		return false
+	}
+	if c.threshold > 0 {
 		return true
 	}
-	j.state.why = reasonNoMethod
-	return false
+	draw := rand.Uint32()
+	if r.plain(sizeClass(j.Length), draw) {
+		return false // most of what is read and written pays for no more than this
+	}
+	j.state.course.draw, j.state.course.drawn = draw, true
+	return true
 }
 
 // allowed are the methods that the job may use, as bits.

@@ -120,7 +120,7 @@ func (t *pairs) addLocked(source, target block.Device, copier block.Copier, offe
 	for _, o := range offers {
 		if o.Granularity > 0 && o.Granularity&(o.Granularity-1) == 0 && o.LengthMax >= o.Granularity {
 			r := &route{copier: copier, offer: o, lane: l, sourceSize: source.Size, targetSize: target.Size}
-			r.learnt.init()
+			r.learnt.init(target, o)
 			p.routes = append(p.routes, r)
 		}
 	}
@@ -196,14 +196,14 @@ func (t *pairs) list() []*pair {
 	return list
 }
 
-// usable tells whether one of the allowed methods may still work.
-func (p *pair) usable(allowed uint32) bool {
+// usable is the first route by one of the allowed methods that may still work; nil: there is none.
+func (p *pair) usable(allowed uint32) *route {
 	for _, r := range p.routes {
 		if allowed&bit(r.offer.Method) != 0 && (r.absent.Load() == uint32(reasonNone) || r.due()) {
-			return true
+			return r
 		}
 	}
-	return false
+	return nil
 }
 
 // choose picks a route for the part of j that x leads to: the first that fits. The first head bytes of the part must be
@@ -224,7 +224,7 @@ func (p *pair) choose(j *Job, allowed uint32, x *passage) (r *route, head, body 
 			why = reasonAlignment
 			continue
 		}
-		if !j.insists() && !j.state.prefers(r, body) {
+		if !j.insists() && !j.prefers(r, x.target.at+head, body) {
 			return nil, 0, 0, reasonNone
 		}
 		if absent != reasonNone && !r.retry() {
@@ -273,6 +273,9 @@ func (r *route) retry() bool {
 
 // found notes that the method has copied something.
 func (r *route) found() {
+	if !r.used.Load() {
+		r.used.Store(true)
+	}
 	if r.stuck.Load() != 0 {
 		r.stuck.Store(0)
 	}

@@ -168,6 +168,7 @@ func (s *subJob) release() {
 func (s *subJob) offload() {
 	x, j := s.passage, s.job
 	r := x.route
+	s.prepare()
 	done, why, err := x.copy(s.length)
 	s.release()
 	switch {

@@ -26,8 +26,8 @@ type watchers struct {
 	mu   sync.Mutex                // of who changes list
 }
 
-// watched is a job's part of it.
-type watched struct {
+// jobWatch is a job's part of it.
+type jobWatch struct {
 	by    []Watcher
 	watch []Watch
 }
@@ -63,8 +63,8 @@ func (x *watchers) change(change func([]Watcher) []Watcher) {
 }
 
 // watch tells all of j, which begins.
-func watch(list []Watcher, j *Job) *watched {
-	w := &watched{by: list, watch: make([]Watch, len(list))}
+func watch(list []Watcher, j *Job) *jobWatch {
+	w := &jobWatch{by: list, watch: make([]Watch, len(list))}
 	for i, by := range list {
 		w.watch[i] = by.CopyBegan(j)
 	}
@@ -72,7 +72,7 @@ func watch(list []Watcher, j *Job) *watched {
 }
 
 // end tells them of its end.
-func (w *watched) end(j *Job) {
+func (w *jobWatch) end(j *Job) {
 	j.state.watched = nil
 	for i, by := range w.by {
 		by.CopyEnded(j, w.watch[i])
