@@ -5,6 +5,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -44,31 +45,42 @@ const (
 	spike = 2 * time.Millisecond
 )
 
+// A mark is what is known of a unit of a priced device.
+type mark int
+
+const (
+	dirty  mark = iota // written, not written back
+	cached             // in the page cache
+	shared             // with the source
+	markCount
+)
+
 // priced is a device whose operations take time, in a bubble of synctest, and move nothing.
 type priced struct {
 	market
-	size int64 // bytes
-	unit int64 // bytes; there is a mark for each
+	size   int64 // bytes
+	unit   int64 // +checklocksignore: never changes; bytes, of which there is a mark for each
+	copies atomic.Int64
 
 	mu sync.Mutex
 	// +checklocks:mu
-	dirty []bool // by unit: written, not written back
+	marks [markCount][]bool
 	// +checklocks:mu
-	cached []bool
-	// +checklocks:mu
-	shared []bool
+	count [markCount]int // that are set
 	// +checklocks:mu
 	rest time.Duration // of quiet
 	// +checklocks:mu
 	marked bool
-	// +checklocks:mu
-	unsettled int // units that are dirty
-	copies    int // +checklocksignore: looked at while no job is in flight
 }
 
 func newPriced(m market, size, unit int64) *priced {
-	units := size / unit
-	return &priced{market: m, size: size, unit: unit, dirty: make([]bool, units), cached: make([]bool, units), shared: make([]bool, units)}
+	d := &priced{market: m, size: size, unit: unit}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for k := range d.marks {
+		d.marks[k] = make([]bool, size/unit)
+	}
+	return d
 }
 
 func (d *priced) Size() int64          { return d.size }
@@ -88,20 +100,20 @@ func (d *priced) spend(t time.Duration) {
 }
 
 // set sets or clears marks of a range, and tells how many bytes had them.
-func (d *priced) set(marks *[]bool, at, length int64, to bool) (had int64) {
+func (d *priced) set(k mark, at, length int64, to bool) (had int64) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for i := at / d.unit; i < (at+length)/d.unit; i++ {
-		if (*marks)[i] {
+		switch was := d.marks[k][i]; {
+		case was && !to:
+			d.count[k]--
+		case !was && to:
+			d.count[k]++
+		}
+		if d.marks[k][i] {
 			had += d.unit
 		}
-		if marks == &d.dirty && (*marks)[i] != to {
-			d.unsettled++
-			if !to {
-				d.unsettled -= 2
-			}
-		}
-		(*marks)[i] = to
+		d.marks[k][i] = to
 	}
 	return had
 }
@@ -115,11 +127,11 @@ func (d *priced) Submit(r *block.Request) {
 	d.mu.Unlock()
 	t /= 2
 	if r.Op == block.OpWrite && d.keeps {
-		d.set(&d.cached, r.Offset, r.Length, true)
+		d.set(cached, r.Offset, r.Length, true)
 		if d.full() {
 			t += d.back.of(r.Length)
 		} else {
-			d.set(&d.dirty, r.Offset, r.Length, true)
+			d.set(dirty, r.Offset, r.Length, true)
 		}
 	}
 	d.spend(t)
@@ -130,7 +142,7 @@ func (d *priced) Submit(r *block.Request) {
 func (d *priced) full() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.unsettled >= dirtyMost
+	return d.count[dirty] >= dirtyMost
 }
 
 func (d *priced) CopyOffers(block.Device) []block.CopyOffer {
@@ -143,14 +155,14 @@ func (d *priced) Copy(_ block.CopyMethod, _ block.Device, _, to, length int64) (
 	t := d.clone.of(length)
 	if d.keeps {
 		_ = d.Settle(to, length)
-		if n := d.set(&d.cached, to, length, false); n > 0 {
+		if n := d.set(cached, to, length, false); n > 0 {
 			t += d.drop.of(n)
 		}
-		d.set(&d.shared, to, length, true)
+		d.set(shared, to, length, true)
 	}
 	d.mu.Lock()
 	d.marked = true
-	d.copies++
+	d.copies.Add(1)
 	d.mu.Unlock()
 	d.spend(t)
 	return length, nil
@@ -159,9 +171,9 @@ func (d *priced) Copy(_ block.CopyMethod, _ block.Device, _, to, length int64) (
 func (d *priced) WriteBack(int64, int64) error { return nil }
 
 func (d *priced) Settle(at, length int64) error {
-	if n := d.set(&d.dirty, at, length, false); n > 0 {
+	if n := d.set(dirty, at, length, false); n > 0 {
 		t := d.back.of(n)
-		if n := d.set(&d.shared, at, length, false); n > 0 {
+		if n := d.set(shared, at, length, false); n > 0 {
 			t += d.cow.of(n)
 		}
 		d.spend(t)
@@ -276,10 +288,10 @@ func TestLearnChange(t *testing.T) {
 		e := NewScaled(Config{})
 		copies := func(n int) (cloned int) {
 			for range n {
-				before := d.copies
+				before := d.copies.Load()
 				at := rand.Int64N(places) * size
 				run(e, &Job{From: Region{source, at}, To: []Region{{d, at}}, Length: size})
-				if d.copies > before {
+				if d.copies.Load() > before {
 					cloned++
 				}
 			}
