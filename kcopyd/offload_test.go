@@ -573,7 +573,7 @@ func TestForgetRecent(t *testing.T) {
 	from, to, other := newLeaf(t, "a", 1<<20), newLeaf(t, "b", 1<<20), newLeaf(t, "c", 1<<20, cloneOffer(4096))
 	copyTo := func(d block.Device) {
 		t.Helper()
-		j := &Job{From: Region{from, 0}, To: []Region{{d, 0}}, Length: 64 << 10}
+		j := &Job{From: Region{from, 0}, To: []Region{{d, 0}}, Length: 256 << 10}
 		if run(e, j); j.Err() != nil {
 			t.Fatal(j.Err())
 		}
