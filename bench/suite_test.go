@@ -5,6 +5,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"cowherd/internal/invariant"
 )
 
 // TestSuites runs every cell of every suite once, tiny, and checks that the outcome is complete and sane. Of the tests of
@@ -37,6 +39,11 @@ func TestSuites(t *testing.T) {
 				err = p.Set("count", "300")
 			case "clone":
 				err = p.Set("range", "1m")
+			case "snapshot":
+				if invariant.Enabled {
+					// Two writes of one job in flight to one block of a device in memory race, as they do on any device.
+					err = p.Set("depth", "1")
+				}
 			}
 			cells, err2 := p.Cells()
 			if err != nil || err2 != nil {

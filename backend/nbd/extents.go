@@ -9,8 +9,13 @@ import (
 const (
 	// extentsMax is the most descriptors that one query takes.
 	extentsMax = 4096
-	// queryMax is the longest range in bytes that one query asks for.
-	queryMax = 1 << 30
+	// queryFirst is the range in bytes that the first query asks for, and queryMax the longest that one does. A server
+	// looks up all of what it is asked for, which takes long where there are many extents, and who asks may not want to
+	// know more than the first of them: so it is asked for more only while it has little to say.
+	queryFirst = 64 << 20
+	queryMax   = 1 << 30
+	// queryFew is how many extents are little.
+	queryFew = 64
 )
 
 // query is a block status that is asked for.
@@ -72,11 +77,11 @@ func (d *Device) Extents(offset, length int64, yield func(block.Extent) bool) er
 		return nil
 	}
 	c := d.conns[int(d.queries.Add(1))%len(d.conns)]
-	q, m := query{done: make(chan error, 1)}, merger{yield: yield}
+	q, m, most := query{done: make(chan error, 1)}, merger{yield: yield}, int64(queryFirst)
 	for at, end := offset, offset+length; at < end; {
 		mask := int64(d.export.logicalBlock - 1)
 		q.offset = at &^ mask
-		q.length = min((end+mask)&^mask-q.offset, d.export.size-q.offset, queryMax)
+		q.length = min((end+mask)&^mask-q.offset, d.export.size-q.offset, most)
 		if err := c.blockStatus(&q); err != nil {
 			return fmt.Errorf("block status of %d bytes at offset %d: %w", q.length, q.offset, err)
 		}
@@ -94,6 +99,9 @@ func (d *Device) Extents(offset, length int64, yield func(block.Extent) bool) er
 		}
 		if at == told {
 			return violationf("extents at offset %d that are smaller than its minimum block", q.offset)
+		}
+		if len(q.extents) <= queryFew {
+			most = min(2*most, queryMax)
 		}
 	}
 	m.flush()

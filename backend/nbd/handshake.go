@@ -95,6 +95,9 @@ func (e *optionError) Unwrap() error {
 	return syscall.ENOTSUP
 }
 
+// writeBuffer is the size in bytes of the send buffer that is asked for on unix sockets.
+const writeBuffer = 1 << 20
+
 // dial connects and negotiates. The stream that it returns is a TLS one if the configuration says so.
 func dial(ctx context.Context, c *Config) (net.Conn, export, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
@@ -103,6 +106,11 @@ func dial(ctx context.Context, c *Config) (net.Conn, export, error) {
 	stream, err := d.DialContext(ctx, c.Network, c.Address)
 	if err != nil {
 		return nil, export{}, err
+	}
+	if u, ok := stream.(*net.UnixConn); ok {
+		// A large write goes out with one call and one wake-up of the server. TCP sizes its buffers itself. The kernel gives
+		// what it allows; that it gives less is no error.
+		_ = u.SetWriteBuffer(writeBuffer)
 	}
 	h := handshake{stream: stream, config: c}
 	if err := h.runUntil(ctx); err != nil {
