@@ -158,7 +158,7 @@ const heatSize = 64
 
 func (x *hydrator) init(c *Clone, h Hydration) {
 	x.clone, x.promotes, x.order = c, h.PromoteOnRead, h.Order
-	x.workers = min(max(1, runtime.GOMAXPROCS(0)-1), workersMax)
+	x.workers = min(runtime.GOMAXPROCS(0), workersMax)
 	x.marks = percpu.New[atomic.Uint32]()
 	x.epoch.Store(1)
 	x.cond = sync.NewCond(&x.mu)
