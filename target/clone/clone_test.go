@@ -753,7 +753,8 @@ func TestDeadSource(t *testing.T) {
 		x.SetHydration(true)
 		x.events.wait(t, EventStopped)
 		synctest.Wait()
-		if st := x.Status(); !st.Stopped || st.Failed != failedMax || st.Hydrated != 0 {
+		// What is in flight when it stops fails as well: as many regions as the threshold at most.
+		if st := x.Status(); !st.Stopped || st.Failed < failedMax || st.Failed > failedMax+16 || st.Hydrated != 0 {
 			t.Errorf("status %+v", st)
 		}
 		if n := reads.Load(); n > failedMax*(attemptsMax+2)*2 {
