@@ -99,6 +99,11 @@ func (c *mergeCmd) wait(s *session, client *api.Client, since uint64) error {
 			return err
 		case e.Name != c.Name:
 		case e.Type == api.EventMergeFinished:
+			// Then the snapshot goes, at once unless somebody still has it open.
+			if d, err := client.Device(s, c.Name); err != nil || len(d.Users) > 0 {
+				return nil
+			}
+		case e.Type == api.EventSnapshotRemoved:
 			return nil
 		case e.Type == api.EventMergeFailed:
 			return fmt.Errorf("merge %q: %s", c.Name, e.Cause)
