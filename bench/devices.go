@@ -186,3 +186,11 @@ type cut struct {
 }
 
 func (d cut) Size() int64 { return d.size }
+
+// blank is a device that does nothing, at once: it does not even zero what is read, as the null device does, which for
+// regions of 64 KiB would cost more than everything else.
+type blank struct{ size int64 }
+
+func (d blank) Size() int64             { return d.size }
+func (d blank) Limits() block.Limits    { return block.NoLimits() }
+func (d blank) Submit(r *block.Request) { r.Complete(nil) }

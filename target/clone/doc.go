@@ -59,11 +59,11 @@
 //
 // # Hydration in the background
 //
-// Workers, at most one less than there are CPUs, take runs of regions and hand them to kcopyd; the threshold bounds the
-// regions in flight, and where copies hold each other up a window does (window.go); the batch bounds the length of a run. Where the source says that it has a hole nothing is read. While the
-// foreground is active a single worker goes on, with small pieces, and rests between them. A region that cannot be
-// copied is tried a few times more, with growing pauses, and then given up until somebody asks to try again; the others
-// go on.
+// Workers, at most as many as there are CPUs, take runs of regions and hand them to kcopyd; the threshold bounds the
+// regions in flight, and where copies hold each other up a window does (window.go); the batch bounds the length of a run.
+// Where the source says that it has a hole nothing is read. While the foreground is active a single worker goes on, with
+// small pieces, and rests between them. A region that cannot be copied is tried a few times more, with growing pauses, and
+// then given up until somebody asks to try again; the others go on.
 //
 // # When metadata or destination fail
 //
