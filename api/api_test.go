@@ -109,7 +109,7 @@ func TestClientPaths(t *testing.T) {
 		asked = append(asked, r.Method+" "+r.URL.Path+" "+r.URL.RawQuery)
 		if r.Method == http.MethodPost {
 			var any map[string]any
-			if err := ReadJSON(w, r, &any); err != nil {
+			if err := ReadJSON(w, r, &any, BodyMax); err != nil {
 				t.Error(err)
 			}
 			_ = WriteJSON(w, http.StatusCreated, any)
@@ -204,7 +204,7 @@ func FuzzReadJSON(f *testing.F) {
 		r := httptest.NewRequest(http.MethodPost, "/", strings.NewReader(s))
 		r.Header.Set("Content-Type", "application/json")
 		var body SnapshotRequest
-		err := ReadJSON(httptest.NewRecorder(), r, &body)
+		err := ReadJSON(httptest.NewRecorder(), r, &body, BodyMax)
 		if err != nil && !errors.Is(err, syscall.EINVAL) && !errors.Is(err, syscall.EMSGSIZE) {
 			t.Fatalf("%q: %v", s, err)
 		}

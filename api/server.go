@@ -30,14 +30,9 @@ func WriteError(w http.ResponseWriter, err error) error {
 	return WriteJSON(w, Status(e.Errno), errorBody{Error: e.Message, Errno: errnoName(e.Errno)})
 }
 
-// ReadJSON reads a request's body into v: one JSON value without unknown fields, of at most BodyMax bytes. The errors
+// ReadJSON reads a request's body into v: one JSON value without unknown fields, of at most so many bytes. The errors
 // are EINVAL and EMSGSIZE.
-func ReadJSON(w http.ResponseWriter, r *http.Request, v any) error {
-	return ReadJSONMax(w, r, v, BodyMax)
-}
-
-// ReadJSONMax is ReadJSON for bodies of at most so many bytes.
-func ReadJSONMax(w http.ResponseWriter, r *http.Request, v any, most int64) error {
+func ReadJSON(w http.ResponseWriter, r *http.Request, v any, most int64) error {
 	if kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || kind != "application/json" {
 		return Errorf(syscall.EINVAL, "the body must be of the type application/json")
 	}

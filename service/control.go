@@ -62,71 +62,15 @@ func (c *control) handler(streaming context.Context) http.Handler {
 	handle("GET "+api.Prefix+"/version", func(http.ResponseWriter, *http.Request) (any, error) {
 		return d.Version(), nil
 	})
-	handle("GET "+api.Prefix+"/devices", func(http.ResponseWriter, *http.Request) (any, error) {
-		return api.DeviceList{Devices: d.Devices()}, nil
-	})
-	handle("GET "+api.Prefix+"/devices/{name}", func(_ http.ResponseWriter, r *http.Request) (any, error) {
-		return d.Device(r.PathValue("name"))
-	})
-	handle("POST "+api.Prefix+"/devices", func(w http.ResponseWriter, r *http.Request) (any, error) {
-		var body api.AttachRequest
-		if err := api.ReadJSON(w, r, &body); err != nil {
-			return nil, err
-		}
-		return d.Attach(body)
-	})
-	handle("DELETE "+api.Prefix+"/devices/{name}", func(_ http.ResponseWriter, r *http.Request) (any, error) {
-		return nil, d.Detach(r.Context(), r.PathValue("name"))
-	})
-	handle("PUT "+api.Prefix+"/devices/{name}/hydration", func(w http.ResponseWriter, r *http.Request) (any, error) {
-		var body api.HydrationRequest
-		if err := api.ReadJSON(w, r, &body); err != nil {
-			return nil, err
-		}
-		return d.Hydrate(r.Context(), r.PathValue("name"), body)
-	})
-	handle("DELETE "+api.Prefix+"/devices/{name}/source", func(_ http.ResponseWriter, r *http.Request) (any, error) {
-		return d.DetachSource(r.Context(), r.PathValue("name"))
-	})
-	handle("POST "+api.Prefix+"/snapshots", func(w http.ResponseWriter, r *http.Request) (any, error) {
-		var body api.SnapshotRequest
-		if err := api.ReadJSON(w, r, &body); err != nil {
-			return nil, err
-		}
-		return d.TakeSnapshot(r.Context(), body)
-	})
-	handle("DELETE "+api.Prefix+"/snapshots/{name}", func(_ http.ResponseWriter, r *http.Request) (any, error) {
-		force, err := boolValue(r, "force", false)
-		if err != nil {
-			return nil, err
-		}
-		return nil, d.RemoveSnapshot(r.Context(), r.PathValue("name"), force)
-	})
-	handle("PUT "+api.Prefix+"/snapshots/{name}/size", func(w http.ResponseWriter, r *http.Request) (any, error) {
-		var body api.ResizeRequest
-		if err := api.ReadJSON(w, r, &body); err != nil {
-			return nil, err
-		}
-		return d.ResizeSnapshot(r.Context(), r.PathValue("name"), body.SizeBytes)
-	})
-	handle("PUT "+api.Prefix+"/snapshots/{name}/merge", func(w http.ResponseWriter, r *http.Request) (any, error) {
-		var body api.MergeRequest
-		if err := api.ReadJSON(w, r, &body); err != nil {
-			return nil, err
-		}
-		return d.MergeSnapshot(r.Context(), r.PathValue("name"), body.Running)
-	})
+	c.handleDevices(handle)
+	c.handleSnapshots(handle)
 	c.handleMapped(handle, streaming)
 	handle("GET "+api.Prefix+"/throttle", func(http.ResponseWriter, *http.Request) (any, error) {
 		return d.Throttle(), nil
 	})
-	handle("PUT "+api.Prefix+"/throttle/{class}", func(w http.ResponseWriter, r *http.Request) (any, error) {
-		var body api.ThrottleRequest
-		if err := api.ReadJSON(w, r, &body); err != nil {
-			return nil, err
-		}
-		return d.SetThrottle(r.PathValue("class"), body)
-	})
+	handle("PUT "+api.Prefix+"/throttle/{class}", body(api.BodyMax, func(r *http.Request, b api.ThrottleRequest) (any, error) {
+		return d.SetThrottle(r.PathValue("class"), b)
+	}))
 	mux.HandleFunc("GET "+api.Prefix+"/events", func(w http.ResponseWriter, r *http.Request) {
 		if err := c.serveEvents(w, r, streaming); err != nil {
 			c.fail(w, r, err)
@@ -141,6 +85,61 @@ func (c *control) handler(streaming context.Context) http.Handler {
 		c.fail(w, r, api.Errorf(syscall.ENOENT, "the control API has no %s %s", r.Method, r.URL.Path))
 	})
 	return mux
+}
+
+// handleDevices serves what was attached.
+func (c *control) handleDevices(handle func(pattern string, h operation)) {
+	d := c.daemon
+	const all, one = api.Prefix + "/devices", api.Prefix + "/devices/{name}"
+	handle("GET "+all, func(http.ResponseWriter, *http.Request) (any, error) {
+		return api.DeviceList{Devices: d.Devices()}, nil
+	})
+	handle("POST "+all, body(api.BodyMax, func(_ *http.Request, b api.AttachRequest) (any, error) { return d.Attach(b) }))
+	handle("GET "+one, func(_ http.ResponseWriter, r *http.Request) (any, error) {
+		return d.Device(r.PathValue("name"))
+	})
+	handle("DELETE "+one, func(_ http.ResponseWriter, r *http.Request) (any, error) {
+		return nil, d.Detach(r.Context(), r.PathValue("name"))
+	})
+	handle("PUT "+one+"/hydration", body(api.BodyMax, func(r *http.Request, b api.HydrationRequest) (any, error) {
+		return d.Hydrate(r.Context(), r.PathValue("name"), b)
+	}))
+	handle("DELETE "+one+"/source", func(_ http.ResponseWriter, r *http.Request) (any, error) {
+		return d.DetachSource(r.Context(), r.PathValue("name"))
+	})
+}
+
+// handleSnapshots serves snapshots.
+func (c *control) handleSnapshots(handle func(pattern string, h operation)) {
+	d := c.daemon
+	const all, one = api.Prefix + "/snapshots", api.Prefix + "/snapshots/{name}"
+	handle("POST "+all, body(api.BodyMax, func(r *http.Request, b api.SnapshotRequest) (any, error) {
+		return d.TakeSnapshot(r.Context(), b)
+	}))
+	handle("DELETE "+one, func(_ http.ResponseWriter, r *http.Request) (any, error) {
+		force, err := boolValue(r, "force", false)
+		if err != nil {
+			return nil, err
+		}
+		return nil, d.RemoveSnapshot(r.Context(), r.PathValue("name"), force)
+	})
+	handle("PUT "+one+"/size", body(api.BodyMax, func(r *http.Request, b api.ResizeRequest) (any, error) {
+		return d.ResizeSnapshot(r.Context(), r.PathValue("name"), b.SizeBytes)
+	}))
+	handle("PUT "+one+"/merge", body(api.BodyMax, func(r *http.Request, b api.MergeRequest) (any, error) {
+		return d.MergeSnapshot(r.Context(), r.PathValue("name"), b.Running)
+	}))
+}
+
+// body is an operation with a body of at most so many bytes.
+func body[T any](most int64, f func(r *http.Request, b T) (any, error)) operation {
+	return func(w http.ResponseWriter, r *http.Request) (any, error) {
+		var b T
+		if err := api.ReadJSON(w, r, &b, most); err != nil {
+			return nil, err
+		}
+		return f(r, b)
+	}
 }
 
 // answer runs h and sends what it returns: 204 for nothing, 201 for what a POST has made, 200 for the rest.

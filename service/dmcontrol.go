@@ -20,7 +20,7 @@ func (c *control) handleMapped(handle func(pattern string, h operation), streami
 	handle("GET "+all, func(http.ResponseWriter, *http.Request) (any, error) {
 		return api.DMDeviceList{Devices: d.MappedDevices()}, nil
 	})
-	handle("POST "+all, body(func(_ *http.Request, b api.DMCreate) (any, error) { return nil, d.CreateMapped(b) }))
+	handle("POST "+all, body(api.DMBodyMax, func(_ *http.Request, b api.DMCreate) (any, error) { return nil, d.CreateMapped(b) }))
 	handle("DELETE "+one, func(_ http.ResponseWriter, r *http.Request) (any, error) {
 		deferred, err := boolValue(r, "deferred", false)
 		if err != nil {
@@ -28,35 +28,24 @@ func (c *control) handleMapped(handle func(pattern string, h operation), streami
 		}
 		return nil, d.RemoveMapped(r.Context(), r.PathValue("name"), deferred)
 	})
-	handle("PUT "+one+"/table", body(func(r *http.Request, b api.DMTable) (any, error) {
+	handle("PUT "+one+"/table", body(api.DMBodyMax, func(r *http.Request, b api.DMTable) (any, error) {
 		return nil, d.LoadMapped(r.Context(), r.PathValue("name"), b)
 	}))
 	handle("DELETE "+one+"/table", func(_ http.ResponseWriter, r *http.Request) (any, error) {
 		return nil, d.ClearMapped(r.Context(), r.PathValue("name"))
 	})
-	handle("PUT "+one+"/suspended", body(func(r *http.Request, b api.DMSuspend) (any, error) {
+	handle("PUT "+one+"/suspended", body(api.DMBodyMax, func(r *http.Request, b api.DMSuspend) (any, error) {
 		return nil, d.SuspendMapped(r.Context(), r.PathValue("name"), b)
 	}))
-	handle("PUT "+one+"/name", body(func(r *http.Request, b api.DMRename) (any, error) {
+	handle("PUT "+one+"/name", body(api.DMBodyMax, func(r *http.Request, b api.DMRename) (any, error) {
 		return nil, d.RenameMapped(r.Context(), r.PathValue("name"), b)
 	}))
-	handle("POST "+one+"/message", body(func(r *http.Request, b api.DMMessage) (any, error) {
+	handle("POST "+one+"/message", body(api.DMBodyMax, func(r *http.Request, b api.DMMessage) (any, error) {
 		return d.MessageMapped(r.Context(), r.PathValue("name"), b)
 	}))
 	handle("GET "+one+"/event", func(w http.ResponseWriter, r *http.Request) (any, error) {
 		return c.waitMapped(w, r, streaming)
 	})
-}
-
-// body is an operation with a body.
-func body[T any](f func(r *http.Request, b T) (any, error)) operation {
-	return func(w http.ResponseWriter, r *http.Request) (any, error) {
-		var b T
-		if err := api.ReadJSONMax(w, r, &b, api.DMBodyMax); err != nil {
-			return nil, err
-		}
-		return f(r, b)
-	}
 }
 
 // waitMapped waits for an event of a device, as one of the event streams.
