@@ -88,11 +88,11 @@ func TestErrors(t *testing.T) {
 		zeroes   bool
 		wantText string
 	}{
-		{"read", at(block.OpRead), nil, false, false, false, "source: read of 262144 bytes at offset 5242880"},
-		{"write", nil, at(block.OpWrite), false, false, false, "destination: write of 262144 bytes at offset 5242880"},
+		{"read", at(block.OpRead), nil, false, false, false, "source: read of 1048576 bytes at offset 5242880"},
+		{"write", nil, at(block.OpWrite), false, false, false, "destination: write of 1048576 bytes at offset 5242880"},
 		{"zeroes", nil, at(block.OpWriteZeroes), false, false, true, "destination: write zeroes of 8388608 bytes at offset 0"},
 		{"flush", nil, at(block.OpFlush), true, false, false, "destination: flush"},
-		{"verify", nil, at(block.OpRead), true, true, false, "destination: read of 262144 bytes at offset 5242880"},
+		{"verify", nil, at(block.OpRead), true, true, false, "destination: read of 1048576 bytes at offset 5242880"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			x := &content

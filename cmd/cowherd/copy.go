@@ -27,7 +27,7 @@ type copyCmd struct {
 	Connections int    `default:"0" help:"Connections to each NBD server, if it allows several. Default: the CPUs, up to 8."`
 	Queues      int    `default:"0" help:"Queues that are worked on in parallel. Default: the connections, or the CPUs."`
 	Requests    int    `default:"0" help:"Requests in flight on each queue. Default: what suits the devices."`
-	RequestSize string `default:"256k" placeholder:"SIZE" help:"Size of reads and writes. Default: 256k."`
+	RequestSize string `placeholder:"SIZE" help:"Size of reads and writes. Default: 1M; 256k where an export or a live device is an end."`
 	Rate        string `placeholder:"SIZE" help:"Copy no more than so many bytes a second."`
 	Direct      bool   `help:"Do I/O on files and block devices past the page cache (O_DIRECT)."`
 
@@ -118,7 +118,7 @@ func (c *copyCmd) options() (o transfer.Options, err error) {
 		return o, usagef("--queues times --requests is more than %d", transfer.WorkersMax)
 	case o.Sparse&(o.Sparse-1) != 0:
 		return o, usagef("--sparse: %s is not a power of two", c.Sparse)
-	case o.PieceSize < 4096 || o.PieceSize > transfer.PieceSizeMax || o.PieceSize&(o.PieceSize-1) != 0:
+	case c.RequestSize != "" && o.PieceSize < 4096 || o.PieceSize > transfer.PieceSizeMax || o.PieceSize&(o.PieceSize-1) != 0:
 		return o, usagef("--request-size: %s is not a power of two from 4k to %s", c.RequestSize, size.Human(transfer.PieceSizeMax))
 	case c.Rate != "" && o.Rate == 0:
 		return o, usagef("--rate: 0 would never end")
