@@ -23,6 +23,7 @@ type benchCmd struct {
 	Dmts     benchDmtsCmd     `cmd:"" default:"withargs" help:"Tests of device-mapper-test-suite by their names, in the shapes that they have there."`
 	Run      benchRunCmd      `cmd:"" help:"Run the plan in a file."`
 	Plan     benchPlanCmd     `cmd:"" help:"Print the plan of a suite, as a start for one of your own."`
+	Show     benchShowCmd     `cmd:"" help:"Print what a run has found once more: as a table of one's own, or as a report."`
 	Store    benchStoreCmd    `cmd:"" help:"Compare transient and persistent exception stores on a file system: first writes, exceptions a flush, opening."`
 	Dm       benchDMCmd       `cmd:"" help:"Mapped devices: linear targets on each other, beside the device below."`
 	Model    benchModelCmd    `cmd:"" help:"A model of the engines, fitted to this machine, for more CPUs than it has."`
