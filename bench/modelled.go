@@ -23,6 +23,7 @@ type ModelReport struct {
 	Misfit   float64            `json:"misfit"` // root of the mean square of the errors, as a fraction
 	Observed []ModelledLoad     `json:"observed"`
 	Ahead    []model.Prediction `json:"predicted"`
+	Limited  []model.Prediction `json:"predicted_with_slower_devices"` // on limitedCPUs
 }
 
 // ModelledLoad sets what the model makes of a load beside what was measured.
@@ -34,6 +35,11 @@ type ModelledLoad struct {
 
 // predictedCPUs are the numbers of CPUs that the model is run for.
 var predictedCPUs = []int{1, 2, 4, 8, 16, 32, 128}
+
+// limitedCPUs is the number for which the model is run with devices of limitedIOPS.
+const limitedCPUs = 8
+
+var limitedIOPS = []float64{250e3, 1e6, 4e6, 16e6}
 
 // Model fits the model to the outcome of ModelSuite, and runs it for more CPUs, each with a job of its own of depth 32
 // and of depth 1, under all assumptions of model.Assumptions.
@@ -52,7 +58,8 @@ func Model(o *Outcome) (*ModelReport, error) {
 	}
 	// What the search begins with: of the order of what Go and today's CPUs need.
 	start := model.Params{
-		Private: 250, Submit: 200, Worker: 300, Hold: 50, WakeCost: 500, WakeDelay: 3000, BatchSize: 64, Transfer: lineTransfer(),
+		Private: 250, Submit: 200, Worker: 300, Hold: 50, WakeCost: 500, WakeDelay: 3000, Switch: 200, Lines: 4,
+		BatchSize: 64, Transfer: lineTransfer(),
 	}
 	var err error
 	if r.Fitted, r.Misfit, err = model.Fit(start, observed); err != nil {
@@ -67,6 +74,9 @@ func Model(o *Outcome) (*ModelReport, error) {
 			for _, cpus := range predictedCPUs {
 				r.Ahead = append(r.Ahead, model.Predict(assumptions, over, cpus, depth))
 			}
+		}
+		for _, iops := range limitedIOPS {
+			r.Limited = append(r.Limited, model.Limited(assumptions, over, limitedCPUs, 32, iops))
 		}
 	}
 	return r, nil
@@ -116,8 +126,9 @@ func handOver() float64 {
 func (r *ModelReport) WriteTable(w io.Writer) error {
 	f := &r.Fitted
 	fmt.Fprintf(w, "Costs in ns: a request of the scaled engine %.0f; with a worker %.0f at the submitter's and %.0f at the worker's; the one\n"+
-		"lock held for %.0f, twice; a line from another CPU %.0f; waking %.0f, and %.0f until it runs. Misfit %.0f%%.\n\n",
-		f.Private, f.Submit, f.Worker, f.Hold, f.Transfer, f.WakeCost, f.WakeDelay, 100*r.Misfit)
+		"lock held for %.0f, twice; a line from another CPU %.0f, and %.1f of them for a request; waking %.0f, and %.0f until it\n"+
+		"runs here, %.0f on another CPU. Misfit %.0f%%.\n\n",
+		f.Private, f.Submit, f.Worker, f.Hold, f.Transfer, f.Lines, f.WakeCost, f.Switch, f.WakeDelay, 100*r.Misfit)
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(t, "engine\tCPUs\tjobs\tdepth\tkIOPS\tmodel\tmean µs\tmodel\t")
 	for _, o := range r.Observed {
@@ -126,9 +137,18 @@ func (r *ModelReport) WriteTable(w io.Writer) error {
 	}
 	fmt.Fprintln(t, "\nscaled over\tCPUs\tdepth\tthroughput\tlatency\tscaled kIOPS\tother kIOPS\tbusiest CPU: other\tscaled\t")
 	for _, x := range r.Ahead {
-		fmt.Fprintf(t, "%s\t%d\t%d\t%.1f-%.1f\t%.4f-%.4f\t%.0f-%.0f\t%.0f-%.0f\t%.0f%%\t%.0f%%\t\n", x.Over, x.CPUs, x.Depth,
-			x.Throughput.Min, x.Throughput.Max, x.Latency.Min, x.Latency.Max, x.ScaledIOPS.Min/1e3, x.ScaledIOPS.Max/1e3,
-			x.OtherIOPS.Min/1e3, x.OtherIOPS.Max/1e3, 100*x.OtherBusiest, 100*x.ScaledBusiest)
+		writePrediction(t, x, x.CPUs)
+	}
+	fmt.Fprintf(t, "\nwith %d CPUs, over\tkIOPS of device\tdepth\tthroughput\tlatency\tscaled kIOPS\tother kIOPS\tbusiest CPU: other\tscaled\t\n", limitedCPUs)
+	for _, x := range r.Limited {
+		writePrediction(t, x, int(x.DeviceIOPS/1e3))
 	}
 	return t.Flush()
+}
+
+// writePrediction prints a line of a table, with a number behind the other scheme's name.
+func writePrediction(w io.Writer, x model.Prediction, number int) {
+	fmt.Fprintf(w, "%s\t%d\t%d\t%.1f-%.1f\t%.4f-%.4f\t%.0f-%.0f\t%.0f-%.0f\t%.0f%%\t%.0f%%\t\n", x.Over, number, x.Depth,
+		x.Throughput.Min, x.Throughput.Max, x.Latency.Min, x.Latency.Max, x.ScaledIOPS.Min/1e3, x.ScaledIOPS.Max/1e3,
+		x.OtherIOPS.Min/1e3, x.OtherIOPS.Max/1e3, 100*x.OtherBusiest, 100*x.ScaledBusiest)
 }

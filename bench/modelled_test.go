@@ -7,6 +7,8 @@ import (
 
 // TestModel measures little, and looks at what the model makes of it: not at figures, which a busy machine decides.
 func TestModel(t *testing.T) {
+	defer func(all []int) { predictedCPUs = all }(predictedCPUs)
+	predictedCPUs = []int{1, 2, 8} // the others take long
 	text, err := SuiteText(ModelSuite)
 	if err != nil {
 		t.Fatal(err)

@@ -13,8 +13,8 @@ type Observation struct {
 }
 
 // Fit finds the costs with which the model comes nearest to what was measured: by the logarithms of rates and latencies,
-// which all weigh the same. Transfer, BatchSize and WorkerAlone are taken from start as they are; Private, Submit, Worker,
-// Hold, WakeCost and WakeDelay are searched for, each from a tenth of start to ten times that. The misfit is the root of the mean
+// which all weigh the same. Private, Submit, Worker, Hold, WakeCost, WakeDelay, Switch and Lines are searched for, each from a
+// tenth of start to ten times that; the others are taken from start as they are. The misfit is the root of the mean
 // square of the errors, as a fraction: 0.1 is about 10 %.
 //
 // The search is a descent along one cost after the other, with steps that become smaller. It is deterministic.
@@ -45,7 +45,7 @@ func Fit(start Params, observed []Observation) (p Params, misfit float64, err er
 
 // costs are what is searched for.
 func costs(p *Params) []*float64 {
-	return []*float64{&p.Private, &p.Submit, &p.Worker, &p.Hold, &p.WakeCost, &p.WakeDelay}
+	return []*float64{&p.Private, &p.Submit, &p.Worker, &p.Hold, &p.WakeCost, &p.WakeDelay, &p.Switch, &p.Lines}
 }
 
 // distance is how far the model is from what was measured.
@@ -79,6 +79,7 @@ type Prediction struct {
 	OtherBusiest    float64 `json:"other_busiest_share"`
 	ScaledBusiest   float64 `json:"scaled_busiest_share"`
 	AssumptionsUsed int     `json:"assumptions"`
+	DeviceIOPS      float64 `json:"device_iops,omitempty"` // the most that the device does; 0: there is no limit
 }
 
 // A Range is from the least to the greatest.
@@ -109,17 +110,31 @@ func Predict(assumptions []Params, over Scheme, cpus, depth int) Prediction {
 	return x
 }
 
+// Limited is Predict for a device that does no more than iops copies in a second.
+func Limited(assumptions []Params, over Scheme, cpus, depth int, iops float64) Prediction {
+	var limited []Params
+	for _, p := range assumptions {
+		p.DeviceGap = 1e9 / iops
+		limited = append(limited, p)
+	}
+	x := Predict(limited, over, cpus, depth)
+	x.DeviceIOPS = iops
+	return x
+}
+
 // Assumptions are variants of fitted costs, for what cannot be fitted on few CPUs: how long a line takes to come from
-// another CPU, on machines on which that is nearer or farther; whether the worker has a CPU of its own; whether the work of
-// a request becomes dearer as more CPUs share memory and caches (by a quarter).
+// another CPU, on machines on which that is nearer or farther; whether the worker has a CPU of its own; whether jobs stay
+// where they are; whether the work of a request becomes dearer as more CPUs share memory and caches (by a quarter).
 func Assumptions(p Params) (all []Params) {
 	for _, transfer := range []float64{p.Transfer, 60, 120, 250} {
 		for _, alone := range []bool{false, true} {
-			for _, dearer := range []float64{1, 1.25} {
-				q := p
-				q.Transfer, q.WorkerAlone = transfer, alone
-				q.Private *= dearer
-				all = append(all, q)
+			for _, bound := range []bool{false, true} {
+				for _, dearer := range []float64{1, 1.25} {
+					q := p
+					q.Transfer, q.WorkerAlone, q.Bound = transfer, alone, bound
+					q.Private *= dearer
+					all = append(all, q)
+				}
 			}
 		}
 	}

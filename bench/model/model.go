@@ -2,25 +2,28 @@
 //
 // # What is modelled
 //
-// As many jobs as CPUs, or fewer, each bound to a CPU of its own, keep depth requests in flight. A request is a first write:
-// its chunk is copied, on a device that takes no time. What it costs is made of
+// Jobs keep depth requests in flight each. A request is a first write: its chunk is copied, on a device that takes no time,
+// or no more than one copy in DeviceGap. What it costs is made of
 //
 //	Private   work on data that no other CPU touches
 //	a line    that many CPUs write (a lock, a list, a counter): it is at one CPU at a time, and takes Transfer to come from
 //	          another. Who waits for it keeps its CPU
 //	Submit    with the worker: to map the request and to hand its copy over
 //	Worker    the worker's part: the copy, and all that follows from its end
+//	Lines     what of a request goes to the worker's CPU and back, if that is another
 //	Hold      with one lock: how long a request holds the lock of all exceptions, in two parts
-//	Wake      a goroutine that sleeps is woken: the CPU of who wakes pays WakeCost, and it runs after WakeDelay
+//	WakeCost  a thread that sleeps is woken: what it costs who wakes it
 //
-// The worker has no CPU of its own: it shares that of one job, each having half of it when both have something to do; or
-// it has one to itself, which is kinder to it (WorkerAlone).
+// Jobs and the worker are threads. One runs on its CPU until it has nothing to do: a job until all its requests are in
+// flight, the worker until no copy waits. Who is woken runs on the CPU of who woke it, Switch after that one has gone to
+// sleep, or, if that takes WakeDelay, on another CPU that is idle: so Go's scheduler does it. With Bound a job stays on its
+// CPU, as a kernel would have it, and with WorkerAlone the worker has a CPU to itself.
 //
 // # Schemes
 //
 //	Scaled      Private, and a shared line for every BatchSize-th request (chunks are allocated in batches)
-//	Serialised  Submit and two lines (the job list) at the submitter's; Worker, and two lines (the job's own, which come
-//	            from the submitter and go back to it) at the worker's
+//	Serialised  Submit and a line (the job list) at the submitter's; Worker, the line and the request's own Lines at the
+//	            worker's
 //	OneLock     the same, with the lock at both
 //
 // It is a simulation of single requests in time, without randomness but for what the interleaving brings. What it leaves
@@ -49,11 +52,17 @@ type Params struct {
 	Hold      float64 `json:"hold_ns"`       // of the one lock, at each of the two
 	Transfer  float64 `json:"transfer_ns"`   // of a line, from another CPU
 	WakeCost  float64 `json:"wake_cost_ns"`  // of waking a goroutine, for who does it
-	WakeDelay float64 `json:"wake_delay_ns"` // until it runs
+	WakeDelay float64 `json:"wake_delay_ns"` // until it runs on another CPU, if one is idle
+	Switch    float64 `json:"switch_ns"`     // until it runs on the CPU of who woke it, when that goes to sleep
+	Lines     float64 `json:"lines"`         // of a request that go from its CPU to the worker's and back
 	// BatchSize is how many requests of the scaled engine share one access to a line of all CPUs.
 	BatchSize int `json:"batch_size"`
 	// WorkerAlone gives the worker a CPU that no job uses.
 	WorkerAlone bool `json:"worker_alone"`
+	// Bound keeps each job on its CPU: no idle one takes it.
+	Bound bool `json:"bound"`
+	// DeviceGap is the least time between two copies that the device takes; 0: it has no limit.
+	DeviceGap float64 `json:"device_gap_ns"`
 }
 
 // A Load is what is simulated.

@@ -33,22 +33,30 @@ func TestLimits(t *testing.T) {
 	// The lock is held twice for each request.
 	p.Hold = 400
 	near(t, "one lock", Run(p, Load{OneLock, 4, 4, 32}).IOPS, 1e9/800, 0.3)
-	// At depth 1 each request sleeps twice.
+	// At depth 1 the worker has to be woken for each request.
 	p = Params{Submit: 100, Worker: 150, WakeDelay: 1000, WorkerAlone: true}
-	near(t, "depth 1", Run(p, Load{Serialised, 1, 1, 1}).MeanNS, 100+1000+150+1000, 0.01)
+	near(t, "depth 1", Run(p, Load{Serialised, 1, 1, 1}).MeanNS, 100+1000+150, 0.01)
+	// A device that does a million copies a second limits both.
+	p = Params{Private: 100, Submit: 100, Worker: 100, DeviceGap: 1000}
+	for _, s := range []Scheme{Serialised, Scaled} {
+		r := Run(p, Load{s, 4, 4, 32})
+		near(t, "the device", r.IOPS, 1e6, 0.02)
+		near(t, "the device, latency", r.MeanNS, 4*32*1000, 0.1)
+	}
 	// A line that all write at every request is a limit of its own.
 	p = Params{Private: 100, Transfer: 100, BatchSize: 1}
 	near(t, "a shared line", Run(p, Load{Scaled, 32, 32, 1}).IOPS, 1e9/100, 0.05)
 }
 
 func TestMonotonous(t *testing.T) {
-	p := Params{Private: 230, Submit: 150, Worker: 300, Hold: 60, Transfer: 80, WakeCost: 300, WakeDelay: 2000, BatchSize: 64}
+	p := Params{Private: 230, Submit: 150, Worker: 300, Hold: 60, Transfer: 80, WakeCost: 300, WakeDelay: 2000, Switch: 100, Lines: 2, BatchSize: 64}
 	for _, s := range []Scheme{OneLock, Serialised, Scaled} {
 		last := 0.0
 		for _, cpus := range []int{1, 2, 4, 8, 16} {
 			r := Run(p, Load{s, cpus, cpus, 32})
 			t.Logf("%-10v %3d CPUs: %8.0f kIOPS, mean %8.2f us, p50 %8.2f us, busiest %.2f", s, cpus, r.IOPS/1e3, r.MeanNS/1e3, r.P50NS/1e3, r.Busiest)
-			if r.IOPS < 0.7*last {
+			if r.IOPS < 0.55*last {
+				// More CPUs make lines wander, so that the worker may become slower, but not by more than they cost.
 				t.Errorf("%v: %d CPUs do %.0f requests a second, fewer CPUs did %.0f", s, cpus, r.IOPS, last)
 			}
 			last = r.IOPS
@@ -58,7 +66,7 @@ func TestMonotonous(t *testing.T) {
 
 // TestFit finds costs again from what the model itself has measured with them.
 func TestFit(t *testing.T) {
-	want := Params{Private: 230, Submit: 150, Worker: 300, Hold: 60, Transfer: 80, WakeCost: 300, WakeDelay: 2000, BatchSize: 64}
+	want := Params{Private: 230, Submit: 150, Worker: 300, Hold: 60, Transfer: 80, WakeCost: 300, WakeDelay: 2000, Switch: 100, Lines: 2, BatchSize: 64}
 	var observed []Observation
 	for _, l := range []Load{
 		{Scaled, 1, 1, 1}, {Scaled, 2, 2, 32}, {Serialised, 1, 1, 32}, {Serialised, 2, 2, 32}, {Serialised, 2, 1, 1},
@@ -67,7 +75,7 @@ func TestFit(t *testing.T) {
 		r := Run(want, l)
 		observed = append(observed, Observation{l, r.IOPS, r.MeanNS})
 	}
-	start := Params{Private: 500, Submit: 300, Worker: 300, Hold: 100, Transfer: 80, WakeCost: 500, WakeDelay: 5000, BatchSize: 64}
+	start := Params{Private: 500, Submit: 300, Worker: 300, Hold: 100, Transfer: 80, WakeCost: 500, WakeDelay: 5000, Switch: 200, Lines: 2, BatchSize: 64}
 	p, misfit, err := Fit(start, observed)
 	if err != nil {
 		t.Fatal(err)
@@ -80,6 +88,9 @@ func TestFit(t *testing.T) {
 	x := Predict(Assumptions(p), Serialised, 8, 32)
 	if t.Logf("%+v", x); x.Throughput.Min < 8 || x.Throughput.Min > x.Throughput.Max || x.Latency.Max > 0.2 {
 		t.Errorf("prediction %+v", x)
+	}
+	if x := Limited(Assumptions(p), Serialised, 8, 32, 1e6); x.Throughput.Max > 1.5 || x.ScaledIOPS.Max > 1.02e6 {
+		t.Errorf("with a slow device %+v", x)
 	}
 	if _, _, err := Fit(start, nil); err == nil {
 		t.Error("something was fitted to nothing")
