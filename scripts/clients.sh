@@ -23,7 +23,7 @@ needs=(
 use=${1-}
 case $use in
 test) ;;
-bench) needs+=(qemu-storage-daemon:qemu-system-common) ;;
+bench) needs+=(qemu-storage-daemon:qemu-system-common qemu-nbd:qemu-utils nbd-server:nbd-server) ;;
 interop)
 	needs=(
 		qemu-system-x86_64:qemu-system-x86
@@ -70,7 +70,11 @@ install() {
 mapfile -t packages < <(missing)
 [ ${#packages[@]} -gt 0 ] || exit 0
 if [ "${INSTALL-}" != no ]; then
-	install "${packages[@]}" || echo "clients: could not install them"
+	if ! install "${packages[@]}"; then # one that is nowhere keeps the others out
+		for package in "${packages[@]}"; do
+			install "$package" || echo "clients: could not install $package"
+		done
+	fi
 	mapfile -t packages < <(missing)
 fi
 if [ ${#packages[@]} -gt 0 ]; then

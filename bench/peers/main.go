@@ -29,15 +29,22 @@ import (
 )
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == adoptCommand {
+		exit(adopt(os.Args[2:]))
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
-	switch {
-	case errors.Is(err, flag.ErrHelp):
-	case err != nil:
+	exit(err)
+}
+
+// exit ends the program; what -h prints is no failure.
+func exit(err error) {
+	if err != nil && !errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintf(os.Stderr, "peers: %v\n", err)
 		os.Exit(1)
 	}
+	os.Exit(0)
 }
 
 // options are the flags.
@@ -124,32 +131,35 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	if err != nil {
 		return err
 	}
+	rep, err := measureServers(ctx, o, stderr)
+	if err != nil {
+		return err
+	}
+	return errors.Join(rep.write(stdout, o.json), rep.failure())
+}
+
+// measureServers measures the cells that are asked for. If it is interrupted the report has those that were measured.
+func measureServers(ctx context.Context, o options, stderr io.Writer) (rep *report, err error) {
 	r := &runner{options: o, stacks: stacks(o.cowherd), progress: stderr}
 	cells := r.choose()
 	if len(cells) == 0 {
-		return fmt.Errorf("-only matches none of %s", strings.Join(cellNames(), ", "))
+		return nil, fmt.Errorf("-only matches none of %s", strings.Join(cellNames(), ", "))
 	}
 	if err := r.look(); err != nil {
-		return err
+		return nil, err
 	}
 	defer func() { err = errors.Join(err, r.cleanUp()) }()
 	if err = r.prepare(ctx, cells); err != nil {
-		return err
+		return nil, err
 	}
-	rep := newReport(r)
+	rep = newReport(r)
 	for _, c := range cells {
 		if err = r.measureCell(ctx, c); err != nil {
-			return err
+			return rep, err
 		}
 		rep.add(c)
 	}
-	if err = rep.write(stdout, o.json); err != nil {
-		return err
-	}
-	if rep.Failed > 0 {
-		err = fmt.Errorf("%d of %d cells could not be measured", rep.Failed, len(cells))
-	}
-	return err
+	return rep, nil
 }
 
 // choose returns the cells that -only asks for.
@@ -157,7 +167,7 @@ func (r *runner) choose() []*cell {
 	var cells []*cell
 	for i := range plan {
 		for _, n := range connections {
-			c := &cell{scenario: &plan[i], connections: n}
+			c := &cell{scenario: &plan[i], connections: n, failed: map[string]error{}}
 			if r.only.MatchString(c.name()) {
 				cells = append(cells, c)
 			}

@@ -90,7 +90,10 @@ func (c *cell) quiet(n int) bool {
 
 // keys are the measurements that are compared in a step.
 func (c *cell) keys(st step) []key {
-	keys := []key{{ours, st.name}, {c.scenario.peer, st.name}}
+	var keys []key
+	for _, name := range c.stacks() {
+		keys = append(keys, key{name, st.name})
+	}
 	if st.against != "" {
 		keys = append(keys, key{ours, st.against})
 	}
@@ -103,54 +106,60 @@ func (r *runner) look() error {
 		return fmt.Errorf("the client is missing: %w", err)
 	}
 	for _, s := range r.stacks {
-		_, err := exec.LookPath(s.program)
-		switch {
-		case s.name != ours && !slices.Contains(r.peers, s.name):
-			s.skipped = "not asked for"
-		case err != nil:
-			s.skipped = s.program + " is not there"
+		if s.name != ours && !slices.Contains(r.peers, s.name) {
+			s.skipped = notAsked
+			continue
+		}
+		for _, program := range append([]string{s.program}, s.needs...) {
+			if _, err := exec.LookPath(program); err != nil {
+				s.skipped = "no " + program
+				break
+			}
 		}
 	}
 	return nil
 }
 
+// notAsked is why a stack is skipped that -peers does not name.
+const notAsked = "not asked for"
+
 // measureCell measures the rounds of a cell. What fails is kept in the cell; the error is for what ends the program.
 func (r *runner) measureCell(ctx context.Context, c *cell) error {
 	for n := 1; n <= r.repetitions+r.retries && !c.quiet(r.repetitions); n++ {
-		found, err := r.measureRound(ctx, c, n)
+		found := r.measureRound(ctx, c, n)
 		if ctx.Err() != nil {
 			return errors.New("interrupted")
-		}
-		if err != nil {
-			c.failed = err
-			fmt.Fprintf(r.progress, "%s: %v\n", c.name(), err)
-			return nil
 		}
 		c.rounds = append(c.rounds, found)
 	}
 	return nil
 }
 
-// measureRound measures each server of a cell once.
-func (r *runner) measureRound(ctx context.Context, c *cell, n int) (round, error) {
+// measureRound measures each server of a cell once, but for those that are skipped or have failed.
+func (r *runner) measureRound(ctx context.Context, c *cell, n int) round {
 	found := round{}
-	for _, name := range []string{ours, c.scenario.peer} {
+	for _, name := range c.stacks() {
 		k := r.stacks[name]
-		if k.skipped != "" {
+		if k.skipped != "" || c.failed[name] != nil {
 			continue
 		}
 		label := fmt.Sprintf("%s round %d %s", c.name(), n, name)
-		if err := r.measureServer(ctx, c, k, label, found); err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
+		err := r.measureServer(ctx, c, k, label, found)
+		if ctx.Err() != nil {
+			break
+		}
+		if err != nil {
+			fmt.Fprintf(r.progress, "%s: %v\n", label, err)
+			c.failed[name] = err
 		}
 	}
-	return found, nil
+	return found
 }
 
 // measureServer starts a server, puts it through the steps of a cell, and stops it.
 func (r *runner) measureServer(ctx context.Context, c *cell, k *stack, label string, found round) (err error) {
 	r.started++
-	s, err := startServer(ctx, k, c.scenario.clones(), filepath.Join(r.work, fmt.Sprintf("%03d-%s", r.started, k.name)), r.image)
+	s, err := startServer(ctx, k, c.scenario.clone, filepath.Join(r.work, fmt.Sprintf("%03d-%s", r.started, k.name)), r.image)
 	if err != nil {
 		return err
 	}

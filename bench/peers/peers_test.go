@@ -19,13 +19,22 @@ import (
 	"cowherd/internal/guest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// TestMain lets the test's program adopt others, as the program itself does.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == adoptCommand {
+		exit(adopt(os.Args[2:]))
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // TestPlan checks what the tables in plan.go cannot say by their types.
 func TestPlan(t *testing.T) {
 	for _, s := range plan {
-		if !slices.Contains(peerNames(), s.peer) {
-			t.Errorf("%s: unknown peer %q", s.name, s.peer)
+		all := stacks("cowherd")
+		for _, name := range s.peers {
+			if !slices.Contains(peerNames(), name) || (all[name].clone != nil) != s.clone {
+				t.Errorf("%s: peer %q is unknown, or starts otherwise", s.name, name)
+			}
 		}
 		var before []string
 		frozen := false
@@ -202,7 +211,7 @@ func TestQuietest(t *testing.T) {
 }
 
 func TestQuiet(t *testing.T) {
-	c := &cell{scenario: &scenario{"made-up", qsdCBW, []step{{name: "x"}, {name: "y", against: "x"}}}}
+	c := &cell{scenario: &scenario{name: "made-up", peers: []string{qsdCBW}, steps: []step{{name: "x"}, {name: "y", against: "x"}}}}
 	x, y, peer := key{ours, "x"}, key{ours, "y"}, key{qsdCBW, "x"}
 	tests := []struct {
 		name  string
@@ -250,7 +259,7 @@ func TestCheckStatus(t *testing.T) {
 
 // TestTable prints a report of made-up rounds.
 func TestTable(t *testing.T) {
-	c := &cell{connections: 1, scenario: &scenario{"made-up", nbdkitFile, []step{
+	c := &cell{connections: 1, scenario: &scenario{name: "made-up", peers: []string{nbdkitFile, nbdServer}, steps: []step{
 		{name: bareOnce, own: true},
 		{name: "good", bars: map[int]float64{1: 2}},
 		{name: "bad", against: bareOnce, bars: map[int]float64{1: 0.9}},
@@ -271,7 +280,7 @@ func TestTable(t *testing.T) {
 	}
 	rep := &report{stacks: stacks("cowherd"), Repetitions: 3}
 	rep.add(c)
-	rep.add(&cell{scenario: &plan[0], connections: 4, failed: errors.New("no luck")})
+	rep.add(&cell{scenario: &plan[0], connections: 4, failed: map[string]error{nbdServer: errors.New("no luck")}})
 	var out strings.Builder
 	if err := rep.writeTable(&out); err != nil {
 		t.Fatal(err)
@@ -279,18 +288,18 @@ func TestTable(t *testing.T) {
 	want := `
 step                   conns  server       kIOPS  min-max      p99 µs  CPU µs/req  hydrated  ratio  min-max    bar         foreign
 bare, each block once  1      cowherd      100.0  100.0-100.0  99      1.5                                                 0%
-good                   1      cowherd      250.0  200.0-300.0  99      1.5                   2.50   2.00-3.00  2    PASS   0%
-good                   1      nbdkit file  100.0  100.0-100.0  99      1.5                                                 30% noisy
+good                   1      cowherd      250.0  200.0-300.0  99      1.5                                                 0%
+good                   1      nbdkit file  100.0  100.0-100.0  99      1.5                   2.50   2.00-3.00  2    PASS   30% noisy
 bad                    1      cowherd      80.0   80.0-80.0    99      1.5                   0.80   0.80-0.80  0.9  short  0%
-bad                    1      nbdkit file  10.0   10.0-10.0    99      1.5                                                 0%
-informal               1      cowherd      80.0   80.0-80.0    99      1.5                   8.00   8.00-8.00  -           0%
-informal               1      nbdkit file  10.0   10.0-10.0    99      1.5                                                 25%
+bad                    1      nbdkit file  10.0   10.0-10.0    99      1.5                   8.00   8.00-8.00  -           0%
+informal               1      cowherd      80.0   80.0-80.0    99      1.5                                                 0%
+informal               1      nbdkit file  10.0   10.0-10.0    99      1.5                   8.00   8.00-8.00  -           25%
 alone                  1      cowherd      80.0   80.0-80.0    0       0.0         1.2 s                                   0%
 `
 	if got := "\n" + out.String(); got != want {
 		t.Errorf("got:%s\nwant:%s", got, want)
 	}
-	if rep.Failed != 1 || len(rep.Notes) != 1 || rep.Notes[0] != "failed: bare-read/4: no luck" {
+	if rep.Failed != 1 || len(rep.Notes) != 1 || rep.Notes[0] != "failed: bare-read/4: nbd-server: no luck" || rep.failure() == nil {
 		t.Errorf("failed: %d, notes: %q", rep.Failed, rep.Notes)
 	}
 }
@@ -304,7 +313,7 @@ func TestOptions(t *testing.T) {
 	}
 	bad := [][]string{
 		{"-size", "0"}, {"-size", "-1MiB"}, {"-size", "100k"}, {"-size", "many"}, {"-reps", "0"}, {"-retries", "-1"},
-		{"-seconds", "0"}, {"-peers", "nbdkit"}, {"-only", "("}, {"more"},
+		{"-seconds", "0"}, {"-peers", "nbdkit"}, {"-only", "("}, {"more"}, {"-peers", "cowherd"},
 	}
 	for _, args := range bad {
 		if _, err := parseOptions(args, io.Discard); err == nil {
@@ -371,9 +380,42 @@ func TestRun(t *testing.T) {
 	if !slices.Equal(got, want) {
 		t.Errorf("measured %q, want %q", got, want)
 	}
-	if len(rep.Notes) != 3 || !strings.HasPrefix(rep.Notes[0], "skipped: cowherd: ") ||
-		rep.Notes[1] != "skipped: qsd-cbw: not asked for" || rep.Notes[2] != "skipped: qsd-stream: not asked for" {
+	if !strings.HasPrefix(rep.Notes[0], "skipped: cowherd: no ") || !slices.Contains(rep.Notes, "skipped: qsd-cbw: not asked for") ||
+		len(rep.Notes) != 1+len(peerNames())-2 {
 		t.Errorf("notes: %q", rep.Notes)
+	}
+}
+
+// TestRunPeers measures each server without snapshots, and those that write to an overlay.
+func TestRunPeers(t *testing.T) {
+	needed := map[string]bool{}
+	for _, s := range stacks("cowherd") {
+		if s.name != ours {
+			for _, program := range append([]string{s.program}, s.needs...) {
+				needed[program] = true
+			}
+		}
+	}
+	for program := range needed {
+		if _, err := exec.LookPath(program); err != nil {
+			t.Skipf("%s is not installed", program)
+		}
+	}
+	rep, err := runHere(t, t.Context(), "-only", "^bare-read/1|^snapshot-write/4|^clone-write/1", "-seconds", "3")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, r := range rep.Rows {
+		if r.IOPS <= 0 || r.CPUUS <= 0 {
+			t.Errorf("%+v", r)
+		}
+		got = append(got, r.Server)
+	}
+	want := []string{"nbdkit file", "nbdkit memory", "qemu-nbd", "nbd-server", "nbdkit cow 4k", "qemu-nbd --snapshot",
+		"nbdkit cow 4k", "qemu-nbd --snapshot", "qsd block-stream", "qemu-nbd overlay"}
+	if !slices.Equal(got, want) {
+		t.Errorf("measured %q, want %q", got, want)
 	}
 }
 

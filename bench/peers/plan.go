@@ -55,7 +55,7 @@ type step struct {
 	hydrate bool
 	// own: the step is cowherd's alone.
 	own bool
-	// against is the step of cowherd's that the ratio is to; "": the peer's same step.
+	// against is the step of cowherd's that the bars are for; "": the first peer's same step.
 	against string
 	// bars are the least ratios that are good enough, by the number of connections.
 	bars map[int]float64
@@ -72,51 +72,57 @@ const (
 // scenario is what a freshly started server goes through.
 type scenario struct {
 	name  string
-	peer  string // the stack that cowherd is measured beside
+	peers []string // the stacks that cowherd is measured beside; bars are for the first
+	clone bool     // the server has a clone of the image instead of the image
 	steps []step
 }
 
-const bareOnce = "bare, each block once"
+// Steps that others are compared with, or that the kernel's are.
+const (
+	bareOnce    = "bare, each block once"
+	firstWrites = "first writes"
+	laterWrites = "later writes"
+)
+
+// barePeers are servers without snapshots, or with none taken.
+var barePeers = []string{nbdkitFile, nbdkitMemory, qemuNBD, nbdServer}
 
 var plan = []scenario{
-	{"bare-read", nbdkitFile, []step{
+	{name: "bare-read", peers: barePeers, steps: []step{
 		{name: "bare random reads", job: randomReads, bars: map[int]float64{1: 1.3, 4: 1.5}},
 	}},
-	{"bare-write", nbdkitFile, []step{
+	{name: "bare-write", peers: barePeers, steps: []step{
 		{name: "bare random writes", job: randomWrites, bars: map[int]float64{1: 1, 4: 1.3}},
 	}},
-	{"first-write", qsdCBW, []step{
+	{name: "first-write", peers: []string{qsdCBW}, steps: []step{
 		{name: bareOnce, job: eachOnce, own: true},
 		{name: "reads of snapshot, none copied", job: randomReads, frozen: true, on: snapshot},
-		{name: "first writes", job: eachOnce, frozen: true, bars: map[int]float64{1: 3, 4: 3.5}},
-		{name: "later writes", job: eachOnce, frozen: true, against: bareOnce, bars: map[int]float64{1: 0.9, 4: 0.9}},
+		{name: firstWrites, job: eachOnce, frozen: true, bars: map[int]float64{1: 3, 4: 3.5}},
+		{name: laterWrites, job: eachOnce, frozen: true, against: bareOnce, bars: map[int]float64{1: 0.9, 4: 0.9}},
 		{name: "reads of snapshot, all copied", job: randomReads, frozen: true, on: snapshot},
 	}},
-	{"stride", qsdCBW, []step{
+	{name: "stride", peers: []string{qsdCBW}, steps: []step{
 		{name: "first writes, 4k in each 64k", job: eachStride, frozen: true, bars: map[int]float64{1: 8}},
 	}},
-	{"snapshot-write", nbdkitCow, []step{
+	{name: "snapshot-write", peers: []string{nbdkitCow, qemuNBDSnapshot}, steps: []step{
 		{name: "writes to snapshot, first", job: eachOnce, frozen: true, on: snapshot, bars: map[int]float64{1: 1, 4: 1.2}},
 		{name: "writes to snapshot, later", job: eachOnce, frozen: true, on: snapshot},
 	}},
 	// The clone of a scenario is fresh, because the writes of an earlier step would leave less to hydrate.
-	{"clone-write", qsdStream, []step{
+	{name: "clone-write", peers: []string{qsdStream, qemuNBDOverlay}, clone: true, steps: []step{
 		{name: "writes to clone, none hydrated", job: randomWrites},
 	}},
-	{"clone-hydrate", qsdStream, []step{
+	{name: "clone-hydrate", peers: []string{qsdStream}, clone: true, steps: []step{
 		{name: "writes to clone while it hydrates", job: randomWrites, hydrate: true, bars: map[int]float64{1: 3}},
 	}},
-	{"clone-idle", qsdStream, []step{
+	{name: "clone-idle", peers: []string{qsdStream}, clone: true, steps: []step{
 		{name: "hydration alone", job: nothing, hydrate: true},
 	}},
 }
 
-// clones tells whether the server has a clone of the image instead of the image.
-func (s *scenario) clones() bool { return s.peer == qsdStream }
-
 // span is how many bytes of the image the scenario uses.
 func (s *scenario) span(bytes int64) int64 {
-	if s.clones() {
+	if s.clone {
 		return strideSpan * bytes
 	}
 	for _, st := range s.steps {
@@ -155,7 +161,10 @@ type cell struct {
 	scenario    *scenario
 	connections int
 	rounds      []round
-	failed      error // why the measuring ended before its time
+	failed      map[string]error // the stacks that failed, by name: they are not measured further
 }
 
 func (c *cell) name() string { return fmt.Sprintf("%s/%d", c.scenario.name, c.connections) }
+
+// stacks are the names of those that are measured in the cell.
+func (c *cell) stacks() []string { return append([]string{ours}, c.scenario.peers...) }

@@ -35,6 +35,10 @@ func apart() *syscall.SysProcAttr {
 
 // spawn starts a program that writes below dir. What it prints goes to a file beside dir.
 func spawn(dir, program string, args ...string) (*process, error) {
+	return spawnWith(apart(), dir, program, args...)
+}
+
+func spawnWith(attributes *syscall.SysProcAttr, dir, program string, args ...string) (*process, error) {
 	path, err := filepath.Abs(program)
 	if filepath.Base(program) == program {
 		path, err = exec.LookPath(program)
@@ -51,7 +55,7 @@ func spawn(dir, program string, args ...string) (*process, error) {
 	p.cmd = exec.Command(path, args...)
 	p.cmd.Dir, p.cmd.Stdout, p.cmd.Stderr = dir, log, log
 	p.cmd.Env = append(os.Environ(), "TMPDIR="+dir)
-	p.cmd.SysProcAttr = apart()
+	p.cmd.SysProcAttr = attributes
 	if err := p.cmd.Start(); err != nil {
 		return nil, err
 	}

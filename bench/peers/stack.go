@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"cowherd/api"
@@ -15,20 +16,28 @@ import (
 
 // Names of stacks.
 const (
-	ours       = "cowherd"
-	nbdkitFile = "nbdkit-file"
-	nbdkitCow  = "nbdkit-cow"
-	qsdCBW     = "qsd-cbw"
-	qsdStream  = "qsd-stream"
+	ours            = "cowherd"
+	nbdkitFile      = "nbdkit-file"
+	nbdkitMemory    = "nbdkit-memory"
+	nbdkitCow       = "nbdkit-cow"
+	qemuNBD         = "qemu-nbd"
+	qemuNBDSnapshot = "qemu-nbd-snapshot"
+	qemuNBDOverlay  = "qemu-nbd-overlay"
+	qsdCBW          = "qsd-cbw"
+	qsdStream       = "qsd-stream"
+	nbdServer       = "nbd-server"
 )
 
-func peerNames() []string { return []string{nbdkitFile, nbdkitCow, qsdCBW, qsdStream} }
+func peerNames() []string {
+	return []string{nbdkitFile, nbdkitMemory, nbdkitCow, qemuNBD, qemuNBDSnapshot, qemuNBDOverlay, qsdCBW, qsdStream, nbdServer}
+}
 
 // stack is a server and the way it is set up.
 type stack struct {
 	name    string
-	program string // that is run, a path or a name to be looked up in PATH
-	label   string // what it is, for people
+	program string   // that is run, a path or a name to be looked up in PATH
+	needs   []string // programs more that it is set up with
+	label   string   // what it is, for people
 	start   func(ctx context.Context, s *server, program, image string) error
 	// clone starts it with a clone of the image, which does not hydrate. It is nil for a stack without clones.
 	clone   func(ctx context.Context, s *server, program, image string) error
@@ -54,9 +63,15 @@ func stacks(cowherd string) map[string]*stack {
 	for _, s := range []*stack{
 		{name: ours, program: cowherd, label: "cowherd", start: startCowherd, clone: cloneCowherd},
 		{name: nbdkitFile, program: "nbdkit", label: "nbdkit file", start: startNbdkitFile},
+		{name: nbdkitMemory, program: "nbdkit", needs: []string{"nbdcopy"}, label: "nbdkit memory", start: startNbdkitMemory},
 		{name: nbdkitCow, program: "nbdkit", label: "nbdkit cow 4k", start: startNbdkitCow},
+		{name: qemuNBD, program: "qemu-nbd", label: "qemu-nbd", start: startQemuNBD},
+		{name: qemuNBDSnapshot, program: "qemu-nbd", label: "qemu-nbd --snapshot", start: startQemuNBDSnapshot},
+		{name: qemuNBDOverlay, program: "qemu-nbd", needs: []string{"qemu-img"}, label: "qemu-nbd overlay", clone: cloneQemuNBD},
 		{name: qsdCBW, program: "qemu-storage-daemon", label: "qsd copy-before-write", start: startQSD},
-		{name: qsdStream, program: "qemu-storage-daemon", label: "qsd block-stream", clone: cloneQSD},
+		{name: qsdStream, program: "qemu-storage-daemon", needs: []string{"qemu-img"}, label: "qsd block-stream",
+			clone: cloneQSD},
+		{name: nbdServer, program: "nbd-server", label: "nbd-server", start: startNBDServer},
 	} {
 		all[s.name] = s
 	}
@@ -117,6 +132,19 @@ func startNbdkitFile(ctx context.Context, s *server, program, image string) erro
 	return s.spawn(ctx, program, "--foreground", "--unix", s.socket(), "file", image)
 }
 
+// startNbdkitMemory starts the memory plugin with what is in the image, because reads of what was never written are cheap.
+func startNbdkitMemory(ctx context.Context, s *server, program, image string) error {
+	info, err := os.Stat(image)
+	if err != nil {
+		return err
+	}
+	s.exports[live] = s.uri("")
+	if err := s.spawn(ctx, program, "--foreground", "--unix", s.socket(), "memory", "size="+number(info.Size())); err != nil {
+		return err
+	}
+	return tool(ctx, "nbdcopy", image, s.uri(""))
+}
+
 // startNbdkitCow starts the cow filter, whose overlay is an unlinked file in TMPDIR, which is the server's directory.
 func startNbdkitCow(ctx context.Context, s *server, program, image string) error {
 	s.exports[snapshot] = s.uri("")
@@ -148,14 +176,75 @@ func startQSD(ctx context.Context, s *server, program, image string) error {
 		"--export", "type=nbd,id=snap,node-name=access,name=snap")
 }
 
+// makeOverlay makes a qcow2 image that has nothing of its own yet, with clusters as large as they are by default.
+func makeOverlay(ctx context.Context, overlay, image string) error {
+	return tool(ctx, "qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "raw", overlay)
+}
+
+// tool runs a program that a server is set up with.
+func tool(ctx context.Context, program string, args ...string) error {
+	cmd := exec.CommandContext(ctx, program, args...)
+	cmd.SysProcAttr = apart()
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%s: %w: %s", program, err, tail(out))
+	}
+	return nil
+}
+
+// spawnQemuNBD starts qemu-nbd for as many clients as there are, and one more that looks whether it is there. It stays
+// when they leave.
+func (s *server) spawnQemuNBD(ctx context.Context, program string, args ...string) error {
+	clients := fmt.Sprint(slices.Max(connections) + 1)
+	return s.spawn(ctx, program, append([]string{"--persistent", "--shared", clients, "--socket", s.socket()}, args...)...)
+}
+
+func startQemuNBD(ctx context.Context, s *server, program, image string) error {
+	s.exports[live] = s.uri("")
+	return s.spawnQemuNBD(ctx, program, "--format", "raw", image)
+}
+
+// startQemuNBDSnapshot starts qemu-nbd with a temporary overlay, an unlinked qcow2 image in TMPDIR, which is the server's
+// directory.
+func startQemuNBDSnapshot(ctx context.Context, s *server, program, image string) error {
+	s.exports[snapshot] = s.uri("")
+	return s.spawnQemuNBD(ctx, program, "--snapshot", "--format", "raw", image)
+}
+
+// cloneQemuNBD starts qemu-nbd with an overlay of the image, which it cannot hydrate.
+func cloneQemuNBD(ctx context.Context, s *server, program, image string) error {
+	overlay := s.path("overlay.qcow2")
+	if err := makeOverlay(ctx, overlay, image); err != nil {
+		return err
+	}
+	s.exports[live] = s.uri("")
+	return s.spawnQemuNBD(ctx, program, "--format", "qcow2", overlay)
+}
+
+// startNBDServer starts nbd-server, which knows its export from a file only, and takes the size of an image in memory for
+// zero if that does not say it.
+func startNBDServer(ctx context.Context, s *server, program, image string) error {
+	info, err := os.Stat(image)
+	if err != nil {
+		return err
+	}
+	config := s.path("config")
+	text := fmt.Sprintf("[generic]\nunixsock = %s\n[image]\nexportname = %s\nfilesize = %d\n", s.socket(), image, info.Size())
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		return err
+	}
+	s.exports[live] = s.uri("image")
+	if s.process, err = spawnAdopted(s.dir, program, "-C", config, "-p", s.path("pid")); err != nil {
+		return err
+	}
+	return s.process.waitListening(ctx, s.socket())
+}
+
 // cloneQSD starts qemu-storage-daemon with a qcow2 overlay of the image, which a job fills from the image (block-stream)
 // and then needs no more.
 func cloneQSD(ctx context.Context, s *server, program, image string) error {
 	overlay, monitor := s.path("overlay.qcow2"), s.path("qmp.sock")
-	create := exec.CommandContext(ctx, "qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "raw", overlay)
-	create.SysProcAttr = apart()
-	if out, err := create.CombinedOutput(); err != nil {
-		return fmt.Errorf("qemu-img create: %w: %s", err, tail(out))
+	if err := makeOverlay(ctx, overlay, image); err != nil {
+		return err
 	}
 	s.exports[live] = s.uri("clone")
 	err := s.spawn(ctx, program,

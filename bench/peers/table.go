@@ -24,8 +24,8 @@ type report struct {
 	Seconds     int      `json:"seconds"`
 	SizeBytes   int64    `json:"size_bytes"`
 	Rows        []row    `json:"rows"`
-	Notes       []string `json:"notes"` // what was skipped, and what failed
-	Failed      int      `json:"failed"`
+	Notes       []string `json:"notes"`  // what was skipped, and what failed
+	Failed      int      `json:"failed"` // servers in cells
 
 	stacks map[string]*stack
 }
@@ -46,10 +46,13 @@ type row struct {
 	HydratedS   float64 `json:"hydrated_seconds,omitempty"` // 0: the step does not hydrate
 	Foreign     float64 `json:"foreign"`                    // the most of the rounds, as a share of one CPU
 	Noisy       bool    `json:"noisy"`
-	Ratio       *ratio  `json:"ratio,omitempty"`
+	// Ratio is cowherd's rate to this one. In a row of cowherd's it is to another step of cowherd's own.
+	Ratio *ratio `json:"ratio,omitempty"`
+
+	peer string // the name of the stack
 }
 
-// ratio is how many times as many requests a second cowherd did: the median of the rounds' ratios.
+// ratio is how many times as good cowherd is as something else: the median of the rounds' ratios.
 type ratio struct {
 	Against string  `json:"against"`
 	Median  float64 `json:"median"`
@@ -79,29 +82,57 @@ func newReport(r *runner) *report {
 	return rep
 }
 
+// failure is an error if something could not be measured.
+func (rep *report) failure() error {
+	if rep.Failed == 0 {
+		return nil
+	}
+	return fmt.Errorf("%d times a server could not be measured", rep.Failed)
+}
+
 // add adds the rows of a cell.
 func (rep *report) add(c *cell) {
-	if c.failed != nil {
-		rep.Failed++
-		rep.Notes = append(rep.Notes, fmt.Sprintf("failed: %s: %v", c.name(), c.failed))
-		return
+	for _, name := range c.stacks() {
+		if err := c.failed[name]; err != nil {
+			rep.Failed++
+			rep.Notes = append(rep.Notes, fmt.Sprintf("failed: %s: %s: %v", c.name(), name, err))
+		}
 	}
 	for _, st := range c.scenario.steps {
 		rounds := quietest(c.rounds, c.keys(st), rep.Repetitions)
-		for _, name := range []string{ours, c.scenario.peer} {
+		for _, name := range c.stacks() {
 			found, ok := column(rounds, key{name, st.name})
 			if !ok {
 				continue
 			}
 			line := newRow(found)
-			line.Cell, line.Step, line.Connections, line.Server = c.name(), st.name, c.connections, rep.stacks[name].label
-			if name == ours {
-				line.Ratio = rep.ratio(c, st, rounds)
-			}
+			line.Cell, line.Step, line.Connections = c.name(), st.name, c.connections
+			line.Server, line.peer = rep.stacks[name].label, name
+			line.compare(c, st, rounds)
 			rep.Rows = append(rep.Rows, line)
 		}
 	}
 }
+
+// compare sets the ratios of a row.
+func (line *row) compare(c *cell, st step, rounds []round) {
+	if line.peer == ours {
+		mine := key{ours, st.name}
+		if st.against != "" {
+			base := key{ours, st.against}
+			line.Ratio = compare(rounds, mine, base, st.against, rate)
+			line.Ratio.judge(st.bars[c.connections])
+		}
+		return
+	}
+	mine, theirs := key{ours, st.name}, key{line.peer, st.name}
+	line.Ratio = compare(rounds, mine, theirs, line.Server, rate)
+	if st.against == "" && line.peer == c.scenario.peers[0] {
+		line.Ratio.judge(st.bars[c.connections])
+	}
+}
+
+func rate(m measurement) float64 { return m.iops }
 
 // column is what was measured in each round; false if it was not.
 func column(rounds []round, k key) ([]measurement, bool) {
@@ -127,34 +158,37 @@ func newRow(found []measurement) row {
 	}
 }
 
-// ratio compares what cowherd did in a step with what that is to be compared with; nil if that was not measured.
-func (rep *report) ratio(c *cell, st step, rounds []round) *ratio {
-	base, against := key{c.scenario.peer, st.name}, rep.stacks[c.scenario.peer].label
-	if st.against != "" {
-		base, against = key{ours, st.against}, st.against
-	}
-	if _, ok := column(rounds, base); !ok {
+// compare divides a quantity of one measurement by that of another, round by round; nil if one was not measured.
+func compare(rounds []round, over, under key, against string, quantity func(measurement) float64) *ratio {
+	_, first := column(rounds, over)
+	_, second := column(rounds, under)
+	if !first || !second {
 		return nil
 	}
 	values := make([]float64, len(rounds))
 	for i, found := range rounds {
-		values[i] = found[key{ours, st.name}].iops / found[base].iops
+		values[i] = quantity(found[over]) / quantity(found[under])
 	}
-	r := &ratio{
-		Against: against, Median: median(values), Min: slices.Min(values), Max: slices.Max(values),
-		Bar: st.bars[c.connections],
-	}
-	switch {
-	case r.Bar == 0:
-	case r.Median >= r.Bar:
-		r.Verdict = pass
-	default:
-		r.Verdict = short
-	}
-	return r
+	return newRatio(against, values)
 }
 
-func each(found []measurement, value func(measurement) float64) []float64 {
+// newRatio sums up the ratios of rounds, of which there is at least one.
+func newRatio(against string, values []float64) *ratio {
+	return &ratio{Against: against, Median: median(values), Min: slices.Min(values), Max: slices.Max(values)}
+}
+
+// judge compares a ratio, if it is there, with the least that is good enough; a bar of 0 is none.
+func (r *ratio) judge(bar float64) {
+	if r == nil || bar == 0 {
+		return
+	}
+	r.Bar, r.Verdict = bar, short
+	if r.Median >= bar {
+		r.Verdict = pass
+	}
+}
+
+func each[T any](found []T, value func(T) float64) []float64 {
 	values := make([]float64, len(found))
 	for i, m := range found {
 		values[i] = value(m)
@@ -175,9 +209,7 @@ func median(values []float64) float64 {
 // write prints the report for people, or for programs.
 func (rep *report) write(w io.Writer, asJSON bool) error {
 	if asJSON {
-		encoder := json.NewEncoder(w)
-		encoder.SetIndent("", "  ")
-		return encoder.Encode(rep)
+		return writeJSON(w, rep)
 	}
 	fmt.Fprintf(w, "%s; %s\n", rep.Machine, strings.Join(rep.Programs, "; "))
 	fmt.Fprintf(w, "fio over NBD on unix sockets: %s requests, depth %d, %s; medians, rounds: %d\n\n",
@@ -189,6 +221,12 @@ func (rep *report) write(w io.Writer, asJSON bool) error {
 		fmt.Fprintln(w, note)
 	}
 	return nil
+}
+
+func writeJSON(w io.Writer, value any) error {
+	encoder := json.NewEncoder(w)
+	encoder.SetIndent("", "  ")
+	return encoder.Encode(value)
 }
 
 func (rep *report) writeTable(w io.Writer) error {
@@ -238,6 +276,8 @@ func versions(all map[string]*stack) []string {
 		case s.skipped != "":
 		case s.name == ours:
 			commands[s.program] = []string{"version"}
+		case s.name == nbdServer:
+			commands[s.program] = []string{"-V"}
 		default:
 			commands[s.program] = []string{"--version"}
 		}
