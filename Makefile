@@ -26,6 +26,7 @@ FUZZ       ?= .
 FUZZTIME   ?= 30s
 CRASHTIME  ?= 2h
 IMAGE      ?=
+PEERSFLAGS ?=
 
 TOOLS      := bin/tools
 BENCHMARKED = $(shell grep -rl --include='*_test.go' '^func Benchmark' . | xargs -r dirname | sort -u)
@@ -95,11 +96,9 @@ bench: build
 	scripts/clients.sh bench
 	bench/peers/run.sh
 
-## bench-peers: fio over cowherd and other NBD servers, copies beside other programs, the kernel's own targets in a guest
+## bench-peers: one table of ratios to other NBD servers, other copy programs and the kernel's targets (PEERSFLAGS=-h)
 bench-peers:
-	bench/peers/run.sh
-	bench/peers/run.sh copy
-	bench/peers/run.sh kernel
+	bench/peers/run.sh all $(PEERSFLAGS)
 
 ## stress: the tests COUNT times under the race detector (PKG=./kcopyd/... for one part)
 stress:

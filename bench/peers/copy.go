@@ -3,12 +3,10 @@ package main
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
-	"math"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -46,25 +44,25 @@ type copyTool struct {
 }
 
 var (
-	copyNBD     = []string{"nbdcopy", "--destination-is-zero", "FROM", "TO"}
-	copyOurs    = copyTool{name: ours, command: []string{"COWHERD", "copy", "--quiet", "FROM", "TO"}}
-	copyClonely = copyTool{name: "cowherd, read and write", other: true,
+	copyNBD       = []string{"nbdcopy", "--destination-is-zero", "FROM", "TO"}
+	copyOurs      = copyTool{name: ours, command: []string{"COWHERD", "copy", "--quiet", "FROM", "TO"}}
+	copyReadWrite = copyTool{name: "cowherd, read and write", other: true,
 		command: []string{"COWHERD", "copy", "--quiet", "--method", "readwrite", "FROM", "TO"}}
-	copyPeers = []copyTool{
+	copyTools = []copyTool{
 		copyOurs,
 		{name: "nbdcopy", command: copyNBD, truncated: true},
 		{name: "qemu-img convert -W -m 16", command: []string{"qemu-img", "convert", "-W", "-m", "16", "-f", "raw", "-O", "raw", "FROM", "TO"}},
 		{name: "cp --sparse=always", command: []string{"cp", "--reflink=never", "--sparse=always", "FROM", "TO"}},
 	}
 	copyPlaces = []copyPlace{
-		{name: "memory", bar: 1, tools: copyPeers},
-		{name: "disk", durable: true, bar: 1, tools: copyPeers},
+		{name: "memory", bar: 1, tools: copyTools},
+		{name: "disk", durable: true, bar: 1, tools: copyTools},
 		{name: "servers", servers: true, bar: 1.1, tools: []copyTool{
 			{name: ours, command: []string{"COWHERD", "copy", "--quiet", "--destination-is-zero", "FROM", "TO"}, truncated: true},
 			{name: "nbdcopy", command: copyNBD, truncated: true},
 		}},
 		{name: "clone", durable: true, bar: 0.5, tools: []copyTool{
-			copyOurs, {name: "cp --reflink=always", command: []string{"cp", "--reflink=always", "FROM", "TO"}}, copyClonely,
+			copyOurs, {name: "cp --reflink=always", command: []string{"cp", "--reflink=always", "FROM", "TO"}}, copyReadWrite,
 		}},
 	}
 )
@@ -122,7 +120,7 @@ type copyRow struct {
 	MBPerS    float64 `json:"megabytes_per_second"` // of data
 	CPU       float64 `json:"cpu_seconds"`          // of the program, and of servers
 	Allocated int64   `json:"allocated_bytes"`
-	Ratio     float64 `json:"ratio,omitempty"` // to the fastest peer of the same round, or of the peer to cowherd read and write
+	Ratio     float64 `json:"ratio,omitempty"` // in cowherd's row: the fastest peer's time in the same round to its own
 	RatioMin  float64 `json:"ratio_min,omitempty"`
 	RatioMax  float64 `json:"ratio_max,omitempty"`
 	Bar       float64 `json:"bar,omitempty"`
@@ -142,6 +140,7 @@ type copyBench struct {
 	progress io.Writer
 	notes    []string
 	rows     []copyRow
+	ratios   []comparison
 }
 
 // runCopies is "peers copy".
@@ -150,13 +149,19 @@ func runCopies(ctx context.Context, args []string, stdout, stderr io.Writer) err
 	if err != nil {
 		return err
 	}
+	b, err := measureCopies(ctx, o, stderr)
+	return errors.Join(err, b.write(stdout))
+}
+
+// measureCopies measures in all places. What it found is there even if there is an error.
+func measureCopies(ctx context.Context, o copyOptions, stderr io.Writer) (*copyBench, error) {
 	b := &copyBench{copyOptions: o, progress: stderr}
 	for _, place := range copyPlaces {
 		if err := b.place(ctx, place); err != nil {
-			return errors.Join(fmt.Errorf("%s: %w", place.name, err), b.write(stdout)) // what there is
+			return b, fmt.Errorf("%s: %w", place.name, err)
 		}
 	}
-	return b.write(stdout)
+	return b, nil
 }
 
 // place measures the cells of a place.
@@ -251,6 +256,7 @@ func (b *copyBench) cell(ctx context.Context, place copyPlace, image, dir string
 	for _, tool := range tools {
 		b.rows = append(b.rows, b.row(name, place, tool, tools, runs))
 	}
+	b.compare(name, place, tools, runs)
 	return nil
 }
 
@@ -292,14 +298,7 @@ func (b *copyBench) argument(text, from, to string) string {
 // copy copies once, and measures it. check: the copy is compared afterwards.
 func (b *copyBench) copy(ctx context.Context, place copyPlace, tool copyTool, from, to string, check bool) (r copyRun, err error) {
 	if tool.truncated {
-		stat, err := os.Stat(from)
-		if err == nil {
-			err = os.WriteFile(to, nil, 0o600)
-		}
-		if err == nil {
-			err = os.Truncate(to, stat.Size())
-		}
-		if err != nil {
+		if err := makeAsLong(from, to); err != nil {
 			return r, err
 		}
 	}
@@ -323,6 +322,35 @@ func (b *copyBench) copy(ctx context.Context, place copyPlace, tool copyTool, fr
 	for _, a := range tool.command {
 		args = append(args, b.argument(a, ends[0], ends[1]))
 	}
+	durable := ""
+	if place.durable {
+		durable = to
+	}
+	if r, err = timeCopy(ctx, args, durable, servers); err != nil {
+		return r, err
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(to, &st); err != nil {
+		return r, err
+	}
+	r.allocated = st.Blocks * 512
+	if check {
+		err = sameContent(from, to)
+	}
+	return r, err
+}
+
+// makeAsLong makes an empty file as long as another.
+func makeAsLong(from, to string) error {
+	stat, err := os.Stat(from)
+	if err != nil {
+		return err
+	}
+	return makeImage(to, stat.Size())
+}
+
+// timeCopy runs a program, and then syncs the file durable, if it is not "".
+func timeCopy(ctx context.Context, args []string, durable string, servers []*process) (r copyRun, err error) {
 	busy, err := machineCPU()
 	if err != nil {
 		return r, err
@@ -333,8 +361,8 @@ func (b *copyBench) copy(ctx context.Context, place copyPlace, tool copyTool, fr
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return r, withLog(err, tail(out))
 	}
-	if place.durable {
-		if err := syncFile(to); err != nil {
+	if durable != "" {
+		if err := syncFile(durable); err != nil {
 			return r, err
 		}
 	}
@@ -348,18 +376,7 @@ func (b *copyBench) copy(ctx context.Context, place copyPlace, tool copyTool, fr
 		used += n
 	}
 	now, err := machineCPU()
-	if err != nil {
-		return r, err
-	}
-	var st unix.Stat_t
-	if err := unix.Stat(to, &st); err != nil {
-		return r, err
-	}
-	r = copyRun{took.Seconds(), used.Seconds(), max((now-busy-used).Seconds()/took.Seconds(), 0), st.Blocks * 512}
-	if check {
-		err = sameContent(from, to)
-	}
-	return r, err
+	return copyRun{seconds: took.Seconds(), cpu: used.Seconds(), foreign: max((now-busy-used).Seconds()/took.Seconds(), 0)}, err
 }
 
 // startCopyServer serves an image by nbdkit. Its socket and its log lie beside the image.
@@ -438,33 +455,90 @@ func (b *copyBench) row(cell string, place copyPlace, tool copyTool, tools []cop
 	if tool.name != ours {
 		return row
 	}
-	var ratios []float64
-	for n := range runs {
-		best := math.Inf(1)
-		for _, peer := range tools {
-			if peer.name != ours && !peer.other {
-				best = min(best, all[peer.name][n].seconds)
-			}
-		}
-		ratios = append(ratios, best/runs[n].seconds)
-	}
-	if math.IsInf(ratios[0], 1) {
-		return row // no peer is there
-	}
-	row.Ratio, row.RatioMin, row.RatioMax, row.Bar = median(ratios), slices.Min(ratios), slices.Max(ratios), place.bar
-	if row.Verdict = short; row.Ratio >= row.Bar {
-		row.Verdict = pass
+	if fastest := fastestPeer(tools, all); fastest != nil {
+		r := copyRatio("", fastest, runs, place.bar)
+		row.Ratio, row.RatioMin, row.RatioMax, row.Bar, row.Verdict = r.Median, r.Min, r.Max, r.Bar, r.Verdict
 	}
 	return row
+}
+
+// fastestPeer has the fastest copy of each round by another program than cowherd; nil if none is there.
+func fastestPeer(tools []copyTool, all map[string][]copyRun) (fastest []copyRun) {
+	for _, tool := range tools {
+		switch {
+		case tool.name == ours || tool.other:
+		case fastest == nil:
+			fastest = slices.Clone(all[tool.name])
+		default:
+			for n, run := range all[tool.name] {
+				if run.seconds < fastest[n].seconds {
+					fastest[n] = run
+				}
+			}
+		}
+	}
+	return fastest
+}
+
+// copyRatio is how much longer others took than cowherd, round by round.
+func copyRatio(against string, theirs, mine []copyRun, bar float64) *ratio {
+	values := make([]float64, len(mine))
+	for n := range mine {
+		values[n] = theirs[n].seconds / mine[n].seconds
+	}
+	r := newRatio(against, values)
+	r.judge(bar)
+	return r
+}
+
+// compare adds the lines of a cell to the table of all parts: one for each other program, and one for the fastest of
+// them, to which the bar belongs, if there are several.
+func (b *copyBench) compare(cell string, place copyPlace, tools []copyTool, all map[string][]copyRun) {
+	mine, ok := all[ours]
+	if !ok {
+		return
+	}
+	seconds := func(runs []copyRun) float64 {
+		return median(each(runs, func(r copyRun) float64 { return r.seconds }))
+	}
+	line := func(peer string, runs []copyRun, bar float64) {
+		b.ratios = append(b.ratios, comparison{
+			Part: copyPart, Shape: "copy, " + cell, Unit: unitSeconds, Ours: seconds(mine), Peer: peer, Theirs: seconds(runs),
+			Ratio: copyRatio(peer, runs, mine, bar),
+		})
+	}
+	count := len(slices.DeleteFunc(slices.Clone(tools), func(t copyTool) bool { return t.name == ours || t.other }))
+	for _, tool := range tools {
+		switch {
+		case tool.name == ours:
+		case count == 1 && !tool.other:
+			line(tool.name, all[tool.name], place.bar)
+		default:
+			line(tool.name, all[tool.name], 0)
+		}
+	}
+	if count > 1 {
+		line("the fastest of them", fastestPeer(tools, all), place.bar)
+	}
+}
+
+// copyReport is what is printed as JSON.
+type copyReport struct {
+	Machine   string    `json:"machine"`
+	DataBytes int64     `json:"data_bytes"`
+	Rounds    int       `json:"rounds"`
+	Rows      []copyRow `json:"rows"`
+	Notes     []string  `json:"notes"`
+}
+
+func (b *copyBench) report() *copyReport {
+	return &copyReport{machine(), b.bytes, b.repetitions, b.rows, b.notes}
 }
 
 // write prints the table, or JSON.
 func (b *copyBench) write(w io.Writer) error {
 	if b.json {
-		encoder := json.NewEncoder(w)
-		encoder.SetIndent("", "  ")
-		return encoder.Encode(map[string]any{"machine": machine(), "data_bytes": b.bytes, "rounds": b.repetitions, "rows": b.rows,
-			"notes": b.notes})
+		return writeJSON(w, b.report())
 	}
 	fmt.Fprintf(w, "%s; %s of data; medians, rounds: %d\n\n", machine(), size.Human(b.bytes), b.repetitions)
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)

@@ -2,10 +2,8 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	_ "embed"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -14,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -29,19 +28,26 @@ import (
 //go:embed kernel.sh
 var kernelScript string
 
+// bareStep is the device without a target.
+const bareStep = "bare"
+
 // kernelSteps are what is measured, with what stands in the table.
-var kernelSteps = []struct{ name, text string }{
-	{"bare", "the null device"},
-	{"linear", "linear"},
-	{"first", "origin, transient snapshot: first writes"},
-	{"later", "origin, transient snapshot: later writes"},
-	{"clone-first", "clone, 64 KiB regions: first writes"},
-	{"clone-later", "clone: hydrated regions"},
+var kernelSteps = []struct {
+	name, text string
+	beside     string // the step on servers that has the same shape
+}{
+	{name: bareStep, text: "the null device"},
+	{name: "linear", text: "linear"},
+	{name: "first", text: "origin, transient snapshot: first writes", beside: firstWrites},
+	{name: "later", text: "origin, transient snapshot: later writes", beside: laterWrites},
+	{name: "clone-first", text: "clone, 64 KiB regions: first writes"},
+	{name: "clone-later", text: "clone: hydrated regions"},
 }
 
 // kernelOptions are the flags of "peers kernel".
 type kernelOptions struct {
 	rounds, seconds int
+	jobs            []int
 	lab             string // the script that makes it
 	json            bool
 }
@@ -57,44 +63,77 @@ type kernelRow struct {
 	Min    float64 `json:"ratio_min"`
 	Max    float64 `json:"ratio_max"`
 	Rounds int     `json:"rounds"`
+
+	name, beside string // as in kernelSteps
 }
 
-// runKernel is "peers kernel".
-func runKernel(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	var o kernelOptions
+// kernelReport is what "peers kernel" prints.
+type kernelReport struct {
+	Machine string      `json:"machine"`
+	Kernel  string      `json:"kernel"`
+	Seconds int         `json:"seconds"`
+	Rows    []kernelRow `json:"rows"`
+}
+
+func parseKernelOptions(args []string, stderr io.Writer) (o kernelOptions, err error) {
+	var jobs string
 	flags := flag.NewFlagSet("peers kernel", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.IntVar(&o.rounds, "reps", 3, "rounds")
 	flags.IntVar(&o.seconds, "seconds", 3, "duration of each run of fio")
+	flags.StringVar(&jobs, "jobs", "1,2", "numbers of fio's jobs, with commas between")
 	flags.StringVar(&o.lab, "lab", "test/interop/lab/build.sh", "the script that makes the lab")
 	flags.BoolVar(&o.json, "json", false, "print JSON")
 	if err := flags.Parse(args); err != nil {
-		return err
+		return o, err
+	}
+	for _, text := range strings.Split(jobs, ",") {
+		n, err := strconv.Atoi(text)
+		if err != nil || n < 1 || n > 64 {
+			return o, fmt.Errorf("-jobs: %q is no number from 1 to 64", text)
+		}
+		o.jobs = append(o.jobs, n)
 	}
 	if o.rounds < 1 || o.seconds < 1 || flags.NArg() > 0 {
-		return errors.New("-reps and -seconds are at least 1, and there are only flags")
+		return o, errors.New("-reps and -seconds are at least 1, and there are only flags")
 	}
-	scratch, err := os.MkdirTemp("", "cowherd-kernel-")
+	return o, nil
+}
+
+// runKernel is "peers kernel".
+func runKernel(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	o, err := parseKernelOptions(args, stderr)
 	if err != nil {
 		return err
+	}
+	rep, err := o.measure(ctx, stderr)
+	if err != nil {
+		return err
+	}
+	if o.json {
+		return writeJSON(stdout, rep)
+	}
+	return writeKernel(stdout, rep.Kernel, rep.Rows)
+}
+
+// measure boots the guest and reads what it found.
+func (o *kernelOptions) measure(ctx context.Context, stderr io.Writer) (*kernelReport, error) {
+	scratch, err := os.MkdirTemp("", "cowherd-kernel-")
+	if err != nil {
+		return nil, err
 	}
 	defer os.RemoveAll(scratch)
 	fmt.Fprintln(stderr, "the lab is made, if it is not there yet; then the guest runs")
 	r, version, err := o.boot(ctx, scratch)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	rows, err := o.rows(r)
-	if err != nil {
-		return err
-	}
-	if o.json {
-		e := json.NewEncoder(stdout)
-		e.SetIndent("", "  ")
-		return e.Encode(map[string]any{"machine": machine(), "kernel": version, "seconds": o.seconds, "rows": rows})
-	}
-	return writeKernel(stdout, version, rows)
+	return &kernelReport{machine(), version, o.seconds, rows}, err
 }
+
+// errNoLab means that there is no guest to measure in.
+var errNoLab = errors.New("no lab (scripts/clients.sh interop installs what it needs)")
 
 // boot runs the guest.
 func (o *kernelOptions) boot(ctx context.Context, scratch string) (*guest.Result, string, error) {
@@ -103,13 +142,14 @@ func (o *kernelOptions) boot(ctx context.Context, scratch string) (*guest.Result
 	cmd.Stderr = &diagnosis
 	out, err := cmd.Output()
 	if err != nil {
-		return nil, "", fmt.Errorf("the lab cannot be made (scripts/clients.sh interop installs what it needs): %w\n%s", err, &diagnosis)
+		return nil, "", fmt.Errorf("%w: %w: %s", errNoLab, err, tail(diagnosis.Bytes()))
 	}
 	lab := strings.TrimSpace(string(out))
 	files, err := guest.Program("fio")
 	if err != nil {
 		return nil, "", err
 	}
+	jobs := strings.Trim(fmt.Sprint(o.jobs), "[]")
 	clone := "yes"
 	if _, err := os.Stat(filepath.Join(lab, "without")); err == nil {
 		clone = "no"
@@ -120,8 +160,9 @@ func (o *kernelOptions) boot(ctx context.Context, scratch string) (*guest.Result
 	}
 	m := guest.Machine{
 		Lab: lab, CPUs: 2, Memory: 2048, Files: files, Images: []string{meta},
-		Limit:  time.Minute + time.Duration(o.rounds)*2*6*(time.Duration(o.seconds)+4)*time.Second*2,
-		Script: fmt.Sprintf("ROUNDS=%d SECONDS_EACH=%d WITHCLONE=%s\nuname -r >/out/version\n", o.rounds, o.seconds, clone) + kernelScript,
+		Limit: time.Minute + time.Duration(o.rounds*len(o.jobs)*len(kernelSteps))*(time.Duration(o.seconds)+4)*time.Second*2,
+		Script: fmt.Sprintf("ROUNDS=%d SECONDS_EACH=%d JOBS='%s' WITHCLONE=%s\nuname -r >/out/version\n",
+			o.rounds, o.seconds, jobs, clone) + kernelScript,
 	}
 	r, err := m.Run(scratch)
 	if err == nil && r.Status != 0 {
@@ -144,7 +185,7 @@ func makeImage(path string, size int64) error {
 
 // rows reads what fio has left.
 func (o *kernelOptions) rows(r *guest.Result) (rows []kernelRow, err error) {
-	for _, jobs := range []int{1, 2} {
+	for _, jobs := range o.jobs {
 		bare := make([]float64, o.rounds)
 		for _, step := range kernelSteps {
 			var list []result
@@ -158,7 +199,7 @@ func (o *kernelOptions) rows(r *guest.Result) (rows []kernelRow, err error) {
 				if err != nil {
 					return nil, fmt.Errorf("%s, %d jobs: %w", step.name, jobs, err)
 				}
-				if step.name == "bare" {
+				if step.name == bareStep {
 					bare[round] = x.iops
 				}
 				list, ratios = append(list, x), append(ratios, x.iops/bare[round])
@@ -166,16 +207,12 @@ func (o *kernelOptions) rows(r *guest.Result) (rows []kernelRow, err error) {
 			if len(list) == 0 {
 				continue // the lab is without the module
 			}
-			of := func(value func(result) float64) float64 {
-				slices.SortFunc(list, func(a, b result) int { return cmp.Compare(value(a), value(b)) })
-				return value(list[len(list)/2])
-			}
-			slices.Sort(ratios)
+			of := func(value func(result) float64) float64 { return median(each(list, value)) }
 			rows = append(rows, kernelRow{
-				Step: step.text, Jobs: jobs, Rounds: len(list),
+				Step: step.text, name: step.name, beside: step.beside, Jobs: jobs, Rounds: len(list),
 				IOPS:  of(func(x result) float64 { return x.iops }),
 				P50US: of(func(x result) float64 { return x.p50 }), P99US: of(func(x result) float64 { return x.p99 }),
-				Ratio: ratios[len(ratios)/2], Min: ratios[0], Max: ratios[len(ratios)-1],
+				Ratio: median(ratios), Min: slices.Min(ratios), Max: slices.Max(ratios),
 			})
 		}
 	}

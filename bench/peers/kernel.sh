@@ -1,5 +1,5 @@
 # What "peers kernel" runs in the guest: fio over null block devices, bare and below the device mapper's targets. Each
-# run leaves fio's JSON in /out/STEP.JOBS.ROUND. SECONDS_EACH, ROUNDS and WITHCLONE are set before it.
+# run leaves fio's JSON in /out/STEP.JOBS.ROUND. SECONDS_EACH, ROUNDS, JOBS and WITHCLONE are set before it.
 set -eu
 for module in /more/*; do
 	case $module in
@@ -40,7 +40,7 @@ clone() {
 }
 
 for round in $(seq "$ROUNDS"); do
-	for jobs in 1 2; do
+	for jobs in $JOBS; do
 		measure bare "$jobs" /dev/nullb0 "$whole"
 		origin "$jobs"
 		if [ "$WITHCLONE" = yes ]; then clone "$jobs"; fi

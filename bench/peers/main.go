@@ -1,10 +1,11 @@
-// Command peers puts one client, fio with its NBD engine, over cowherd and over the servers that people use today, and
-// prints what each did beside the other.
+// Command peers sets cowherd beside what people use today, in three parts: one client, fio with its NBD engine, over
+// cowherd and over other servers; copies of images by cowherd and by other programs (copy.go); the kernel's own targets in
+// a guest (kernel.go). Each part prints what each did; "peers all" (all.go) runs them all and prints one table of ratios.
 //
-// A cell is one scenario (plan.go) with one number of connections. It is measured in rounds. In each round every server
-// of the cell is started afresh, goes through the scenario's steps, and is stopped, one server after the other: so the
-// figures that a ratio is made of lie seconds apart, and a ratio is the median of the rounds' ratios. A round during
-// which other processes used much CPU does not count, and is repeated a few times.
+// In the first part a cell is one scenario (plan.go) with one number of connections. It is measured in rounds. In each
+// round every server of the cell is started afresh, goes through the scenario's steps, and is stopped, one server after the
+// other: so the figures that a ratio is made of lie seconds apart, and a ratio is the median of the rounds' ratios. A round
+// during which other processes used much CPU does not count, and is repeated a few times.
 //
 // Everything that is written lies in one directory, which goes at the end. No process outlives the program: it ends
 // them, and the kernel does if the program cannot.
@@ -121,12 +122,34 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 
-	if len(args) > 0 && args[0] == "copy" {
-		return runCopies(ctx, args[1:], stdout, stderr)
+	part, rest := serversPart, args
+	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+		part, rest = args[0], args[1:]
 	}
-	if len(args) > 0 && args[0] == "kernel" {
-		return runKernel(ctx, args[1:], stdout, stderr)
+	switch part {
+	case serversPart:
+		return runServers(ctx, rest, stdout, stderr)
+	case copyPart:
+		return runCopies(ctx, rest, stdout, stderr)
+	case kernelPart:
+		return runKernel(ctx, rest, stdout, stderr)
+	case "all":
+		return runAll(ctx, rest, stdout, stderr)
 	}
+	return fmt.Errorf("%q is not one of %s, all", part, strings.Join(parts, ", "))
+}
+
+// The parts, which are run by their names; the first also without.
+const (
+	serversPart = "servers"
+	copyPart    = "copy"
+	kernelPart  = "kernel"
+)
+
+var parts = []string{serversPart, copyPart, kernelPart}
+
+// runServers is "peers servers".
+func runServers(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	o, err := parseOptions(args, stderr)
 	if err != nil {
 		return err
@@ -138,12 +161,15 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	return errors.Join(rep.write(stdout, o.json), rep.failure())
 }
 
+// errNoCells means that there is nothing to measure.
+var errNoCells = errors.New("-only matches none")
+
 // measureServers measures the cells that are asked for. If it is interrupted the report has those that were measured.
 func measureServers(ctx context.Context, o options, stderr io.Writer) (rep *report, err error) {
 	r := &runner{options: o, stacks: stacks(o.cowherd), progress: stderr}
 	cells := r.choose()
 	if len(cells) == 0 {
-		return nil, fmt.Errorf("-only matches none of %s", strings.Join(cellNames(), ", "))
+		return nil, fmt.Errorf("%w of %s", errNoCells, strings.Join(cellNames(), ", "))
 	}
 	if err := r.look(); err != nil {
 		return nil, err

@@ -28,6 +28,7 @@ type report struct {
 	Failed      int      `json:"failed"` // servers in cells
 
 	stacks map[string]*stack
+	ratios []comparison
 }
 
 // row is one step of a cell on one server. Figures are medians of the rounds.
@@ -48,8 +49,13 @@ type row struct {
 	Noisy       bool    `json:"noisy"`
 	// Ratio is cowherd's rate to this one. In a row of cowherd's it is to another step of cowherd's own.
 	Ratio *ratio `json:"ratio,omitempty"`
+	// HydratedRatio is this one's time until all is hydrated to cowherd's.
+	HydratedRatio *ratio `json:"hydrated_ratio,omitempty"`
+	// OfBare is what part of its rate without a snapshot cowherd has in this step.
+	OfBare *ratio `json:"of_bare,omitempty"`
 
-	peer string // the name of the stack
+	peer     string  // the name of the stack
+	baseIOPS float64 // of the step that cowherd's own ratio is to
 }
 
 // ratio is how many times as good cowherd is as something else: the median of the rounds' ratios.
@@ -100,6 +106,7 @@ func (rep *report) add(c *cell) {
 	}
 	for _, st := range c.scenario.steps {
 		rounds := quietest(c.rounds, c.keys(st), rep.Repetitions)
+		rows := map[string]row{}
 		for _, name := range c.stacks() {
 			found, ok := column(rounds, key{name, st.name})
 			if !ok {
@@ -110,7 +117,9 @@ func (rep *report) add(c *cell) {
 			line.Server, line.peer = rep.stacks[name].label, name
 			line.compare(c, st, rounds)
 			rep.Rows = append(rep.Rows, line)
+			rows[name] = line
 		}
+		rep.ratios = append(rep.ratios, rep.compareStep(c, st, rows)...)
 	}
 }
 
@@ -122,6 +131,10 @@ func (line *row) compare(c *cell, st step, rounds []round) {
 			base := key{ours, st.against}
 			line.Ratio = compare(rounds, mine, base, st.against, rate)
 			line.Ratio.judge(st.bars[c.connections])
+			line.baseIOPS = median(each(rounds, func(r round) float64 { return r[base].iops }))
+		}
+		if st.job == eachOnce && st.on == live && st.name != bareOnce {
+			line.OfBare = compare(rounds, mine, key{ours, bareOnce}, bareOnce, rate)
 		}
 		return
 	}
@@ -129,6 +142,9 @@ func (line *row) compare(c *cell, st step, rounds []round) {
 	line.Ratio = compare(rounds, mine, theirs, line.Server, rate)
 	if st.against == "" && line.peer == c.scenario.peers[0] {
 		line.Ratio.judge(st.bars[c.connections])
+	}
+	if st.hydrate {
+		line.HydratedRatio = compare(rounds, theirs, mine, line.Server, func(m measurement) float64 { return m.hydrated })
 	}
 }
 
