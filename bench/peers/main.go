@@ -190,16 +190,7 @@ func measureServers(ctx context.Context, o options, stderr io.Writer) (rep *repo
 
 // choose returns the cells that -only asks for.
 func (r *runner) choose() []*cell {
-	var cells []*cell
-	for i := range plan {
-		for _, n := range connections {
-			c := &cell{scenario: &plan[i], connections: n, failed: map[string]error{}}
-			if r.only.MatchString(c.name()) {
-				cells = append(cells, c)
-			}
-		}
-	}
-	return cells
+	return slices.DeleteFunc(cells(), func(c *cell) bool { return !r.only.MatchString(c.name()) })
 }
 
 // prepare makes the directory and the image.

@@ -56,7 +56,8 @@ func TestPlan(t *testing.T) {
 			before, frozen = append(before, st.name), st.frozen
 		}
 	}
-	if names := cellNames(); len(slices.Compact(slices.Sorted(slices.Values(names)))) != len(plan)*len(connections) {
+	names := cellNames()
+	if len(slices.Compact(slices.Sorted(slices.Values(names)))) != len(names) || slices.Contains(names, "clone-idle/4") {
 		t.Errorf("cells are not told apart by their names: %q", names)
 	}
 }

@@ -12,7 +12,7 @@ const (
 	strideSpan = 4
 )
 
-// connections are the numbers of connections that each scenario is measured with.
+// connections are the numbers of connections that scenarios are measured with.
 var connections = []int{1, 4}
 
 // job is what fio does in a step.
@@ -80,8 +80,8 @@ type scenario struct {
 // Steps that others are compared with, or that the kernel's are.
 const (
 	bareOnce    = "bare, each block once"
-	firstWrites = "first writes"
-	laterWrites = "later writes"
+	firstWrites = "first writes with a snapshot"
+	laterWrites = "later writes with a snapshot"
 )
 
 // barePeers are servers without snapshots, or with none taken.
@@ -102,7 +102,7 @@ var plan = []scenario{
 		{name: "reads of snapshot, all copied", job: randomReads, frozen: true, on: snapshot},
 	}},
 	{name: "stride", peers: []string{qsdCBW}, steps: []step{
-		{name: "first writes, 4k in each 64k", job: eachStride, frozen: true, bars: map[int]float64{1: 8}},
+		{name: firstWrites + ", 4k in each 64k", job: eachStride, frozen: true, bars: map[int]float64{1: 8}},
 	}},
 	{name: "snapshot-write", peers: []string{nbdkitCow, qemuNBDSnapshot}, steps: []step{
 		{name: "writes to snapshot, first", job: eachOnce, frozen: true, on: snapshot, bars: map[int]float64{1: 1, 4: 1.2}},
@@ -144,16 +144,29 @@ func (s *scenario) chunks(bytes int64) int64 {
 	return n
 }
 
-// cellNames are what -only can match.
-func cellNames() []string {
-	var names []string
-	for i := range plan {
-		for _, n := range connections {
-			c := cell{scenario: &plan[i], connections: n}
-			names = append(names, c.name())
+// connections are the numbers of connections that the scenario is measured with: one is enough for those that use none.
+func (s *scenario) connections() []int {
+	for _, st := range s.steps {
+		if st.job != nothing {
+			return connections
 		}
 	}
-	return names
+	return connections[:1]
+}
+
+// cells are those of the plan, unmeasured.
+func cells() (all []*cell) {
+	for i := range plan {
+		for _, n := range plan[i].connections() {
+			all = append(all, &cell{scenario: &plan[i], connections: n, failed: map[string]error{}})
+		}
+	}
+	return all
+}
+
+// cellNames are what -only can match.
+func cellNames() []string {
+	return each(cells(), (*cell).name)
 }
 
 // cell is one scenario with one number of connections, and what came of it.

@@ -36,7 +36,7 @@ func (rep *report) compareStep(c *cell, st step, rows map[string]row) (lines []c
 		Part: serversPart, Shape: st.name, Jobs: c.connections, Unit: unitRate, Ours: mine.IOPS / 1e3, Noisy: mine.Noisy,
 	}
 	if st.job == nothing {
-		base.Unit, base.Ours = unitSeconds, mine.HydratedS
+		base.Jobs, base.Unit, base.Ours = 0, unitSeconds, mine.HydratedS
 	}
 	if mine.Ratio != nil {
 		line := base
@@ -83,12 +83,14 @@ func (line comparison) figures(st step, mine, theirs row) (lines []comparison) {
 // ratios are the kernel's lines. Beside its snapshots stand cowherd's, each as a share of its own bare device, so that what
 // the machines are matters little. They are not of the same rounds: the ratio's ends are the widest that both allow.
 func (k *kernelReport) ratios(servers *report) (lines []comparison) {
+	version, _, _ := strings.Cut(k.Kernel, "+")
+	version, _, _ = strings.Cut(version, "-")
 	for _, r := range k.Rows {
 		if r.name == bareStep {
 			continue
 		}
 		line := comparison{
-			Part: kernelPart, Shape: r.Step, Jobs: r.Jobs, Unit: unitOfBare, Peer: "Linux " + k.Kernel, Theirs: r.Ratio,
+			Part: kernelPart, Shape: r.Step, Jobs: r.Jobs, Unit: unitOfBare, Peer: "Linux " + version, Theirs: r.Ratio,
 		}
 		if mine := servers.ofBare(r.beside, r.Jobs); mine != nil {
 			line.Ours = mine.OfBare.Median

@@ -45,7 +45,7 @@ func madeUp() *report {
 
 func TestRatios(t *testing.T) {
 	rep := madeUp()
-	kernel := &kernelReport{Kernel: "6.12", Rows: []kernelRow{
+	kernel := &kernelReport{Kernel: "6.12.117+deb12-cloud-amd64", Rows: []kernelRow{
 		{Step: "the null device", name: bareStep, Jobs: 1, Ratio: 1},
 		{Step: "origin: first writes", name: "first", beside: firstWrites, Jobs: 1, Ratio: 0.25, Min: 0.2, Max: 0.5},
 		{Step: "origin: first writes", name: "first", beside: firstWrites, Jobs: 2, Ratio: 0.25, Min: 0.2, Max: 0.5},
@@ -59,25 +59,25 @@ func TestRatios(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := `
-shape                  jobs  cowherd       peer                            its figure              ratio  min-max    bar
-first writes           1     100.0 k/s     nbdkit file                     40.0 k/s                2.50   2.00-3.00  3    short
-first writes           1     100.0 k/s     nbdkit memory                   failed
-first writes           1     100.0 k/s     nbd-server                      skipped: no nbd-server
-later writes           1     190.0 k/s     cowherd: bare, each block once  200.0 k/s               0.95   0.95-0.95  0.9  PASS
-later writes           1     190.0 k/s     nbdkit file                     50.0 k/s                3.80   3.80-3.80  -
-later writes           1     190.0 k/s     nbdkit memory                   failed
-later writes           1     190.0 k/s     nbd-server                      skipped: no nbd-server
-filling                1     50.0 k/s      nbdkit file                     100.0 k/s               0.50   0.50-0.50  -
-filling: until all is  1     2.000 s       nbdkit file                     1.000 s                 0.50   0.50-0.50  -
-filling                1     50.0 k/s      nbdkit memory                   failed
-filling                1     50.0 k/s      nbd-server                      skipped: no nbd-server
-filling alone          1     2.000 s       nbdkit file                     4.000 s                 2.00   2.00-2.00  -
-filling alone          1     2.000 s       nbdkit memory                   failed
-filling alone          1     2.000 s       nbd-server                      skipped: no nbd-server
-origin: first writes   1     0.50 of bare  Linux 6.12                      0.25 of bare            2.00   0.80-3.00  -
-origin: first writes   2     -             Linux 6.12                      0.25 of bare
-linear                 1     -             Linux 6.12                      0.90 of bare
-copy                   -     0.250 s       cp                              0.500 s                 2.00   1.50-2.50  -     noisy
+shape                         jobs  cowherd       peer                            its figure              ratio  min-max    bar
+first writes with a snapshot  1     100.0 k/s     nbdkit file                     40.0 k/s                2.50   2.00-3.00  3    short
+first writes with a snapshot  1     100.0 k/s     nbdkit memory                   failed
+first writes with a snapshot  1     100.0 k/s     nbd-server                      skipped: no nbd-server
+later writes with a snapshot  1     190.0 k/s     cowherd: bare, each block once  200.0 k/s               0.95   0.95-0.95  0.9  PASS
+later writes with a snapshot  1     190.0 k/s     nbdkit file                     50.0 k/s                3.80   3.80-3.80  -
+later writes with a snapshot  1     190.0 k/s     nbdkit memory                   failed
+later writes with a snapshot  1     190.0 k/s     nbd-server                      skipped: no nbd-server
+filling                       1     50.0 k/s      nbdkit file                     100.0 k/s               0.50   0.50-0.50  -
+filling: until all is         1     2.000 s       nbdkit file                     1.000 s                 0.50   0.50-0.50  -
+filling                       1     50.0 k/s      nbdkit memory                   failed
+filling                       1     50.0 k/s      nbd-server                      skipped: no nbd-server
+filling alone                 -     2.000 s       nbdkit file                     4.000 s                 2.00   2.00-2.00  -
+filling alone                 -     2.000 s       nbdkit memory                   failed
+filling alone                 -     2.000 s       nbd-server                      skipped: no nbd-server
+origin: first writes          1     0.50 of bare  Linux 6.12.117                  0.25 of bare            2.00   0.80-3.00  -
+origin: first writes          2     -             Linux 6.12.117                  0.25 of bare
+linear                        1     -             Linux 6.12.117                  0.90 of bare
+copy                          -     0.250 s       cp                              0.500 s                 2.00   1.50-2.50  -     noisy
 `
 	if got := "\n" + out.String(); got != want {
 		t.Errorf("got:%s\nwant:%s", got, want)
@@ -87,7 +87,7 @@ copy                   -     0.250 s       cp                              0.500
 // TestRatiosJSON checks that what a program reads says the same.
 func TestRatiosJSON(t *testing.T) {
 	text, err := json.Marshal(madeUp().ratios[0])
-	const want = `{"part":"servers","shape":"first writes","jobs":1,"unit":"k/s","cowherd":100,"peer":"nbdkit file","peer_figure":40,` +
+	const want = `{"part":"servers","shape":"first writes with a snapshot","jobs":1,"unit":"k/s","cowherd":100,"peer":"nbdkit file","peer_figure":40,` +
 		`"ratio":{"against":"nbdkit file","median":2.5,"min":2,"max":3,"bar":3,"verdict":"short"}}`
 	if err != nil || string(text) != want {
 		t.Errorf("%v\n%s\nwant\n%s", err, text, want)

@@ -204,8 +204,8 @@ func (r *ratio) judge(bar float64) {
 	}
 }
 
-func each[T any](found []T, value func(T) float64) []float64 {
-	values := make([]float64, len(found))
+func each[T, V any](found []T, value func(T) V) []V {
+	values := make([]V, len(found))
 	for i, m := range found {
 		values[i] = value(m)
 	}
