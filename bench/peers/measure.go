@@ -135,10 +135,11 @@ func (r *runner) measureCell(ctx context.Context, c *cell) error {
 	return nil
 }
 
-// measureRound measures each server of a cell once, but for those that are skipped or have failed.
+// measureRound measures each server of a cell once, in random order, but for those that are skipped or have failed.
 func (r *runner) measureRound(ctx context.Context, c *cell, n int) round {
-	found := round{}
-	for _, name := range c.stacks() {
+	found, names := round{}, c.stacks()
+	rand.Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
+	for _, name := range names {
 		k := r.stacks[name]
 		if k.skipped != "" || c.failed[name] != nil {
 			continue
