@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"cowherd/block"
+	"cowherd/target"
 )
 
 // A device whose target only moves all of it to one range of another device, which may be a mapped one that does the same in
@@ -26,6 +27,8 @@ type direct struct {
 	to    block.Device    // nil: go by the target and the gates
 	shift int64           // from an offset of the device to one of to
 	doer  block.Immediate // to, if it does requests at once; else nil
+	// passer is asked for each request whether it goes; nil: all do.
+	passer target.Passer
 }
 
 // way is a gate on the way, and the live target that was found behind it.
@@ -200,7 +203,14 @@ func (d *Device) opened() {
 
 // resolve tells where all bytes of l lie, and which gates are on the way.
 func (l *live) resolve() (to direct, gates []way) {
-	if l.remapper == nil || l.size == 0 || l.tracer != nil {
+	if l.size == 0 || l.tracer != nil {
+		return to, nil
+	}
+	if l.passer != nil {
+		below := l.passer.PassesTo()
+		return direct{to: below, doer: doerOf(below), passer: l.passer}, nil
+	}
+	if l.remapper == nil {
 		return to, nil
 	}
 	below, at, n, ok := l.remapper.Remap(0, l.size)
@@ -208,9 +218,7 @@ func (l *live) resolve() (to direct, gates []way) {
 		to = direct{to: below, shift: at}
 		d, isMapped := below.(*Device)
 		if !isMapped {
-			if doer, ok := below.(block.Immediate); ok && doer.IsImmediate() {
-				to.doer = doer
-			}
+			to.doer = doerOf(below)
 			return to, gates
 		}
 		x := d.live.Load().base
@@ -223,4 +231,12 @@ func (l *live) resolve() (to direct, gates []way) {
 		}
 	}
 	return to, gates
+}
+
+// doerOf is d if it does requests at once; else nil.
+func doerOf(d block.Device) block.Immediate {
+	if doer, ok := d.(block.Immediate); ok && doer.IsImmediate() {
+		return doer
+	}
+	return nil
 }

@@ -47,6 +47,16 @@ type Remapper interface {
 	Remap(offset, length int64) (to block.Device, at, n int64, ok bool)
 }
 
+// A Passer can tell of a read or a write, before Map, that it would only pass it on. A mapped device then submits it to
+// the device below by itself, and counts it in flight as if it were in the target.
+type Passer interface {
+	// PassesTo is the device below. It does not change.
+	PassesTo() block.Device
+	// Passes tells whether Map would return PassesTo with r as it is. It leaves r alone and starts nothing, and Map may follow
+	// all the same. r's range has been checked. The answer holds while the device above is not suspended.
+	Passes(r *block.Request) bool
+}
+
 // A Copying target has copies made by engines of its own. Watchers are told of them.
 type Copying interface {
 	Watch(w kcopyd.Watcher)

@@ -39,6 +39,20 @@ func (s *Snapshot) hold(h hindrance, r *block.Request, waker block.Waker) {
 	}
 }
 
+// has tells whether all chunks that r, a write to the origin, touches are known to have been copied.
+func (s *Snapshot) has(r *block.Request) bool {
+	if r.Offset >= s.size {
+		return true
+	}
+	chunk, end := s.chunksOf(r.Offset, min(r.Length, s.size-r.Offset))
+	for ; chunk < end; chunk++ {
+		if !s.known.has(chunk) {
+			return false
+		}
+	}
+	return s.coarse.mu == nil
+}
+
 // preserve starts the copies of all chunks that r, a write to the origin, touches and that have no exception. It
 // returns a chunk that r must wait for, if there is any left. A hindered r is to be held and mapped anew.
 //

@@ -101,6 +101,23 @@ func (o *Origin) Map(r *block.Request) block.Device {
 	return o.device
 }
 
+// PassesTo is the device below.
+func (o *Origin) PassesTo() block.Device { return o.device }
+
+// Passes tells whether r goes straight to the device below: it is a read, or every snapshot is known to have all that it
+// overwrites. What is known to have been copied asks nothing else of a snapshot, be it full, invalid or read: see preserve.
+func (o *Origin) Passes(r *block.Request) bool {
+	if r.Op == block.OpRead {
+		return true
+	}
+	for _, s := range *o.snapshots.Load() {
+		if !s.has(r) {
+			return false
+		}
+	}
+	return true
+}
+
 // preserved makes every snapshot keep what r is about to overwrite. All copies are started before the first is waited
 // for. false: r waits, and waker is to try anew.
 func preserved(r *block.Request, snapshots []*Snapshot, waker block.Waker) bool {
