@@ -20,6 +20,12 @@ import (
 // What is past a gate is what would be in flight behind it, so that a suspend waits for the same requests with and without
 // riders. A rider that was let in for one target of D never uses another: a target changes while the gate is closed.
 //
+// A target that can tell of a request that it would only pass it on (target.Passer: later writes to an origin with
+// snapshots) is passed likewise by those of which it says so. What its answer stands on, as the list of an origin's
+// snapshots, changes while the gate is closed, and then the live target is another one too: an answer that was given
+// before the request was counted still holds when the live target is found to be the same. Nothing rides past such a
+// target.
+//
 // Discards, writes of zeroes and flushes take the way through all targets.
 
 // direct is where a live target's bytes lie, past the gates on the way.
@@ -27,8 +33,9 @@ type direct struct {
 	to    block.Device    // nil: go by the target and the gates
 	shift int64           // from an offset of the device to one of to
 	doer  block.Immediate // to, if it does requests at once; else nil
-	// passer is asked for each request whether it goes; nil: all do.
+	// passer is asked for each request whether it goes, but for writes that are sure to; nil: all go.
 	passer target.Passer
+	sure   target.Passage
 }
 
 // way is a gate on the way, and the live target that was found behind it.
@@ -207,8 +214,8 @@ func (l *live) resolve() (to direct, gates []way) {
 		return to, nil
 	}
 	if l.passer != nil {
-		below := l.passer.PassesTo()
-		return direct{to: below, doer: doerOf(below), passer: l.passer}, nil
+		below, sure := l.passer.Passage()
+		return direct{to: below, doer: doerOf(below), passer: l.passer, sure: sure}, nil
 	}
 	if l.remapper == nil {
 		return to, nil

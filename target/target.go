@@ -50,11 +50,13 @@ type Remapper interface {
 // A Passer can tell of a read or a write, before Map, that it would only pass it on. A mapped device then submits it to
 // the device below by itself, and counts it in flight as if it were in the target.
 type Passer interface {
-	// PassesTo is the device below. It does not change.
-	PassesTo() block.Device
-	// Passes tells whether Map would return PassesTo with r as it is. It leaves r alone and starts nothing, and Map may follow
-	// all the same. r's range has been checked. The answer holds while the device above is not suspended.
+	// Passes tells whether Map would return the device below (Passage) with r as it is. It leaves r alone and starts nothing,
+	// and Map may follow all the same. r's range has been checked. The answer holds while the device above is not suspended;
+	// it may be asked when that is, or the target closed, but nothing comes of it then.
 	Passes(r *block.Request) bool
+	// Passage is the device below, which does not change, and what is sure to pass without a question. It is asked each time
+	// that the device above begins to take requests. NoPassage: everything is to be asked.
+	Passage() (below block.Device, sure Passage)
 }
 
 // A Copying target has copies made by engines of its own. Watchers are told of them.

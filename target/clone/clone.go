@@ -11,6 +11,7 @@ import (
 	"cowherd/block"
 	"cowherd/internal/percpu"
 	"cowherd/kcopyd"
+	"cowherd/target"
 )
 
 // Metadata is what a clone needs of its metadata: which regions are hydrated, durably. It is used by one goroutine at a
@@ -276,6 +277,33 @@ func (c *Clone) Map(r *block.Request) block.Device {
 		return nil
 	}
 	return c.mapWrite(r, t)
+}
+
+// Passes tells whether Map would return the destination for r, a read or a write, and do nothing else: all that it touches
+// is hydrated, and settled if it is a write.
+func (c *Clone) Passes(r *block.Request) bool {
+	t := c.table.Load()
+	if t == nil {
+		return true
+	}
+	of := isHydrated
+	if r.Op != block.OpRead {
+		of = isSettled
+	}
+	if c.mode() == Fail || r.Length == 0 || r.Flags&(block.FUA|block.Fast) != 0 && of == isSettled {
+		return false
+	}
+	start, end := c.regions(r.Offset, r.Length)
+	if is, until := t.run(start, end, of); !is || until < end {
+		return false
+	}
+	c.hydrator.note(r.Queue)
+	return true
+}
+
+// Passage is the destination, where nothing goes without a question.
+func (c *Clone) Passage() (below block.Device, sure target.Passage) {
+	return c.dest, target.NoPassage()
 }
 
 // mapFlush remaps a flush to the destination, unless there is something to commit. The mode is looked at last: a commit

@@ -285,6 +285,11 @@ func (v view) Submit(r *block.Request) {
 		r.Complete(err)
 		return
 	}
+	if r.Op <= block.OpWrite && v.c.Passes(r) { // as a mapped device has it
+		below, _ := v.c.Passage()
+		below.Submit(r)
+		return
+	}
 	if d := v.c.Map(r); d != nil {
 		d.Submit(r)
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"cowherd/block"
@@ -56,6 +57,8 @@ type tableClone struct {
 	clone    *Clone // nil: it is not open yet, or was taken over
 	metadata *clonemeta.Metadata
 	engine   kcopyd.Engine
+
+	passer atomic.Pointer[Clone] // clone, for whoever asks too late
 
 	// Under the lock of tables.
 	suspended bool
@@ -177,6 +180,7 @@ func (t *tableClone) open() error {
 		return errors.Join(err, engine.Close(), meta.Close())
 	}
 	t.clone, t.metadata, t.engine = made, meta, engine
+	t.passer.Store(made)
 	return nil
 }
 
@@ -185,6 +189,7 @@ func (t *tableClone) end() error {
 	if t.clone == nil {
 		return nil
 	}
+	t.passer.Store(nil)
 	err := errors.Join(t.clone.Close(), t.engine.Close(), t.metadata.Close())
 	t.clone = nil
 	return err
@@ -240,6 +245,17 @@ func (t *tableClone) Map(r *block.Request) block.Device {
 		return nil
 	}
 	return t.clone.Map(r)
+}
+
+// Passes is the clone's.
+func (t *tableClone) Passes(r *block.Request) bool {
+	c := t.passer.Load()
+	return c != nil && c.Passes(r)
+}
+
+// Passage is the destination.
+func (t *tableClone) Passage() (below block.Device, sure target.Passage) {
+	return t.dest.Device, target.NoPassage()
 }
 
 // Size is the table's.

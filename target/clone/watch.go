@@ -8,6 +8,8 @@ import (
 var (
 	_ target.Copying = (*Clone)(nil)
 	_ target.Copying = (*tableClone)(nil)
+	_ target.Passer  = (*Clone)(nil)
+	_ target.Passer  = (*tableClone)(nil)
 )
 
 // Watch has w told of the copies that are made for the clone, hydration included.

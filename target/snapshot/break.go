@@ -39,18 +39,25 @@ func (s *Snapshot) hold(h hindrance, r *block.Request, waker block.Waker) {
 	}
 }
 
-// has tells whether all chunks that r, a write to the origin, touches are known to have been copied.
+// has tells whether all chunks that r, a write to the origin, touches are known to have been copied. With one lock for all
+// exceptions that is nothing to be told without it.
 func (s *Snapshot) has(r *block.Request) bool {
+	if s.coarse.mu != nil {
+		return false
+	}
 	if r.Offset >= s.size {
 		return true
 	}
 	chunk, end := s.chunksOf(r.Offset, min(r.Length, s.size-r.Offset))
-	for ; chunk < end; chunk++ {
-		if !s.known.has(chunk) {
-			return false
-		}
+	for chunk < end && s.known.has(chunk) {
+		chunk++
 	}
-	return s.coarse.mu == nil
+	return chunk == end
+}
+
+// hasPassage tells whether what is known to have been copied can be looked up from above, for each byte of the origin.
+func (s *Snapshot) hasPassage() bool {
+	return s.coarse.mu == nil && s.known.covers(s.chunkSize.ChunkCeil(s.origin.Size()))
 }
 
 // preserve starts the copies of all chunks that r, a write to the origin, touches and that have no exception. It

@@ -9,6 +9,7 @@ import (
 	"cowherd/block"
 	"cowherd/internal/percpu"
 	"cowherd/kcopyd"
+	"cowherd/target"
 )
 
 // Origin is the snapshot-origin target: a device that is written while snapshots of it keep what it held. Without
@@ -24,6 +25,8 @@ type Origin struct {
 	mu sync.Mutex // serialises changes of snapshots
 	// Who is told of the copies for all snapshots.
 	watchers []kcopyd.Watcher // +checklocks:mu
+	// Makes the passages void that were given out; nil: there are none.
+	void *atomic.Bool // +checklocks:mu
 }
 
 // NewOrigin makes device an origin. The device stays the caller's, to close when nothing uses it any more.
@@ -64,7 +67,7 @@ func (o *Origin) Add(s *Snapshot) error {
 	defer o.mu.Unlock()
 	list := append(slices.Clone(o.Snapshots()), s)
 	slices.SortStableFunc(list, func(a, b *Snapshot) int { return int(b.chunkSize - a.chunkSize) })
-	o.snapshots.Store(&list)
+	o.setLocked(list)
 	for _, w := range o.watchers {
 		s.Watch(w)
 	}
@@ -76,7 +79,7 @@ func (o *Origin) Remove(s *Snapshot) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	list := slices.DeleteFunc(slices.Clone(o.Snapshots()), func(x *Snapshot) bool { return x == s })
-	o.snapshots.Store(&list)
+	o.setLocked(list)
 	for _, w := range o.watchers {
 		s.Unwatch(w)
 	}
@@ -101,11 +104,9 @@ func (o *Origin) Map(r *block.Request) block.Device {
 	return o.device
 }
 
-// PassesTo is the device below.
-func (o *Origin) PassesTo() block.Device { return o.device }
-
-// Passes tells whether r goes straight to the device below: it is a read, or every snapshot is known to have all that it
-// overwrites. What is known to have been copied asks nothing else of a snapshot, be it full, invalid or read: see preserve.
+// Passes tells whether Map would do nothing with r, a read or a write: it is a read, or every snapshot is known to have all
+// that it overwrites. What is known to have been copied is no matter of a snapshot any more, be it full, invalid or read:
+// preserve asks for nothing else either.
 func (o *Origin) Passes(r *block.Request) bool {
 	if r.Op == block.OpRead {
 		return true
@@ -116,6 +117,33 @@ func (o *Origin) Passes(r *block.Request) bool {
 		}
 	}
 	return true
+}
+
+// Passage is the device below, and what the snapshot, if there is just one, is known to have.
+func (o *Origin) Passage() (below block.Device, sure target.Passage) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	list := o.Snapshots()
+	if len(list) != 1 || !list[0].hasPassage() {
+		return o.device, target.NoPassage()
+	}
+	s := list[0]
+	if o.void == nil {
+		o.void = new(atomic.Bool)
+	}
+	return o.device, target.Passage{Pages: s.known.pages, Shift: s.chunkShift, Void: o.void}
+}
+
+// setLocked makes list the snapshots. No passage that was given out before holds any more: should a device above not have
+// been suspended, though it takes no requests, it is none the worse for it.
+//
+// +checklocks:o.mu
+func (o *Origin) setLocked(list []*Snapshot) {
+	if o.void != nil {
+		o.void.Store(true)
+		o.void = nil
+	}
+	o.snapshots.Store(&list)
 }
 
 // preserved makes every snapshot keep what r is about to overwrite. All copies are started before the first is waited

@@ -12,6 +12,7 @@ var (
 	_ target.Copying = (*Snapshot)(nil)
 	_ target.Copying = (*Merge)(nil)
 	_ target.Copying = memberTarget{}
+	_ target.Passer  = (*Origin)(nil)
 )
 
 // Watch has w told of the copies that are made for the origin's snapshots, those to come included.
