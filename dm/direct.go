@@ -38,6 +38,9 @@ type direct struct {
 	sure   target.Passage
 }
 
+// passes asks the target about a request that is not sure to pass.
+func (x *direct) passes(r *block.Request) bool { return x.sure.Asks(r) && x.passer.Passes(r) }
+
 // way is a gate on the way, and the live target that was found behind it.
 type way struct {
 	device *Device

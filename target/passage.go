@@ -1,6 +1,10 @@
 package target
 
-import "sync/atomic"
+import (
+	"sync/atomic"
+
+	"cowherd/block"
+)
 
 // PassageUnits is how many units one PassagePage has.
 const PassageUnits = 1 << passageShift
@@ -16,6 +20,8 @@ type Passage struct {
 	Pages []atomic.Pointer[PassagePage] // as many as the target has, none nil
 	Shift uint                          // 12 to 63
 	Void  *atomic.Bool                  // when it is set, nothing is sure any more
+	// Exact: there is no need to ask about a write that lies in one unit, and is not sure to pass.
+	Exact bool
 }
 
 // NoPassage has nothing.
@@ -29,4 +35,9 @@ func NoPassage() Passage {
 func (p *Passage) Has(offset, length int64) bool {
 	unit, last := uint64(offset)>>(p.Shift&63), uint64(offset+length-1)>>(p.Shift&63)
 	return unit == last && p.Pages[unit>>passageShift].Load()[unit>>6%(PassageUnits/64)].Load()>>(unit&63)&1 != 0 && !p.Void.Load()
+}
+
+// Asks tells whether the target is to be asked about r, a read or a write that is not sure to pass.
+func (p *Passage) Asks(r *block.Request) bool {
+	return !p.Exact || r.Op == block.OpRead || r.Offset>>(p.Shift&63) != (r.End()-1)>>(p.Shift&63)
 }

@@ -131,7 +131,7 @@ func (o *Origin) Passage() (below block.Device, sure target.Passage) {
 	if o.void == nil {
 		o.void = new(atomic.Bool)
 	}
-	return o.device, target.Passage{Pages: s.known.pages, Shift: s.chunkShift, Void: o.void}
+	return o.device, target.Passage{Pages: s.known.pages, Shift: s.chunkShift, Void: o.void, Exact: true}
 }
 
 // setLocked makes list the snapshots. No passage that was given out before holds any more: should a device above not have
