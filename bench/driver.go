@@ -32,6 +32,7 @@ type sampled struct {
 	queues  []uint64      // jobs of engines by the queue that issued them, or requests by job where there is no engine
 	io      []ioCount     // by leaf, see roles
 	roles   []string
+	profile *profiled // nil: it was not profiled
 }
 
 // once is a sample of a run that is one operation.

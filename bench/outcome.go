@@ -98,6 +98,7 @@ type CellResult struct {
 	Copied  Figure         `json:"copied_bytes_per_byte"`
 	Methods []MethodResult `json:"methods,omitempty"`
 	Leaves  []LeafResult   `json:"leaves,omitempty"`
+	Stages  []StageResult  `json:"stages,omitempty"` // if it was profiled
 	// Percentiles is the curve of the latencies of all runs together.
 	Percentiles []Percentile `json:"percentiles"`
 }
@@ -295,7 +296,7 @@ func (x *Runner) result(c *Cell, list []*sampled) CellResult {
 	for i := range list[0].queues {
 		r.Queues = append(r.Queues, middle(column(list, func(s *sampled) float64 { return shareOf(s.queues, i) })))
 	}
-	r.Leaves = leaves(list)
+	r.Leaves, r.Stages = leaves(list), stages(list)
 	r.Percentiles = curve(all)
 	return r
 }

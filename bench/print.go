@@ -4,7 +4,9 @@ import (
 	"encoding/csv"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
+	"strings"
 	"text/tabwriter"
 )
 
@@ -17,6 +19,7 @@ func (o *Outcome) WriteTable(w io.Writer) error {
 			short(r.Bytes.Median/(1<<20)), short(r.Mean.Median), short(r.P50.Median), short(r.P99.Median), short(r.P999.Median),
 			short(r.CPU.Median), percent(r.Busiest.Median), short(r.Copied.Median), 100*r.Ops.Spread())
 	}
+	o.writeStages(t)
 	if len(o.Compared) > 0 {
 		fmt.Fprintln(t, "\nratio\tof\tmedian\tmin\tmax\tpairs")
 		for _, c := range o.Compared {
@@ -24,6 +27,29 @@ func (o *Outcome) WriteTable(w io.Writer) error {
 		}
 	}
 	return t.Flush()
+}
+
+// writeStages prints, if the cells were profiled, the nanoseconds of processor time of each stage of an operation.
+func (o *Outcome) writeStages(w io.Writer) {
+	if !slices.ContainsFunc(o.Cells, func(r CellResult) bool { return r.Stages != nil }) {
+		return
+	}
+	fmt.Fprintf(w, "\nCPU ns per operation\t%s\tall\n", strings.Join(stageNames[:], "\t"))
+	for _, r := range o.Cells {
+		fmt.Fprint(w, r.Label)
+		all := 0.0
+		for _, name := range stageNames {
+			ns := 0.0
+			for _, s := range r.Stages {
+				if s.Stage == name {
+					ns = s.NS
+				}
+			}
+			all += ns
+			fmt.Fprint(w, "\t", short(ns))
+		}
+		fmt.Fprintln(w, "\t"+short(all))
+	}
 }
 
 // short is a number with three digits or so; a dash for none.

@@ -21,6 +21,8 @@ type Runner struct {
 	Seed  uint64
 	// Progress is told before each run; may be nil.
 	Progress func(done, all int, what string)
+	// Profile is a directory for CPU profiles of the runs of jobs; it is made if need be. "": nothing is profiled.
+	Profile string
 
 	calibration int                // requests by which the harness is measured; 0: calibrationDefault
 	harness     map[[3]int]float64 // processor time of the harness for a request in nanoseconds, by jobs, depth and CPUs
@@ -180,7 +182,7 @@ func (x *Runner) run(ctx context.Context, c *Cell, devices pool, number int) (s 
 			return nil, fmt.Errorf("prepare: %w", err)
 		}
 	}
-	if s, err = x.measure(ctx, c, k, b, l); err == nil && b.check != nil {
+	if s, err = x.measure(ctx, c, k, b, l, number); err == nil && b.check != nil {
 		err = b.check()
 	}
 	if err == nil {
@@ -199,7 +201,7 @@ func (c *Cell) hash() uint64 {
 }
 
 // measure runs the jobs of a cell over its stack.
-func (x *Runner) measure(ctx context.Context, c *Cell, k *kit, b *stack, l *load) (*sampled, error) {
+func (x *Runner) measure(ctx context.Context, c *Cell, k *kit, b *stack, l *load, number int) (*sampled, error) {
 	jobs := l.jobs(b.device, b.copies, false)
 	harness, err := x.harnessCost(c)
 	if err != nil {
@@ -217,13 +219,14 @@ func (x *Runner) measure(ctx context.Context, c *Cell, k *kit, b *stack, l *load
 		}
 	})
 	defer stop()
-	m, err := runJobs(jobs)
+	m, profile, err := x.profile(c, number, func() (measurement, error) { return runJobs(jobs) })
 	if err := cmp.Or(ctx.Err(), err); err != nil {
 		return nil, err
 	}
 	s := &sampled{
 		elapsed: m.elapsed, count: int64(m.count), bytes: int64(m.count) * c.Block, latency: m.latency, written: m.written,
 		writes: m.written / c.Block, harness: harness, cpu: max(0, m.cpu-m.spun-time.Duration(harness*float64(m.count))),
+		profile: profile,
 	}
 	s.stats, s.queues = statsOf(b.engines)
 	subStats(&s.stats, stats)

@@ -20,11 +20,12 @@ import (
 // benchFlags are the flags of all suites that are plans.
 type benchFlags struct {
 	outputFlags
-	CSV    bool   `name:"csv" help:"Print comma-separated values: a line for each cell."`
-	Report string `placeholder:"DIR" complete:"file" help:"Write a report to DIR: report.html, which needs nothing else, and the plots and figures as files beside it."`
-	Only   string `placeholder:"REGEXP" help:"Run only the cells whose labels match."`
-	List   bool   `help:"List the cells, and run nothing."`
-	Seed   uint64 `default:"1" placeholder:"N" help:"Seed of the patterns (${default})."`
+	CSV     bool   `name:"csv" help:"Print comma-separated values: a line for each cell."`
+	Report  string `placeholder:"DIR" complete:"file" help:"Write a report to DIR: report.html, which needs nothing else, and the plots and figures as files beside it."`
+	Profile string `placeholder:"DIR" complete:"file" help:"Write CPU profiles of the measured time to DIR, and print where it goes."`
+	Only    string `placeholder:"REGEXP" help:"Run only the cells whose labels match."`
+	List    bool   `help:"List the cells, and run nothing."`
+	Seed    uint64 `default:"1" placeholder:"N" help:"Seed of the patterns (${default})."`
 
 	Set         []string `sep:"none" placeholder:"KEY=VALUE,..." help:"Overrule any key of the plan, in all cells; several values multiply out."`
 	Device      []string `placeholder:"KIND,..." complete:"=null blank mem file remote nbd" help:"As --set device=KIND: null, blank, mem, file, remote, nbd."`
@@ -122,7 +123,7 @@ func (f *benchFlags) cells(s *session, title string, cells []*bench.Cell) error 
 		return nil
 	}
 	return runSuite(s, f.JSON, func(ctx context.Context, progress func(done, all int, what string)) (benchReport, error) {
-		o, err := (&bench.Runner{Cells: cells, Seed: f.Seed, Progress: progress}).Run(ctx)
+		o, err := (&bench.Runner{Cells: cells, Seed: f.Seed, Progress: progress, Profile: f.Profile}).Run(ctx)
 		if err != nil {
 			return nil, err
 		}
