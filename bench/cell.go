@@ -50,6 +50,10 @@ type Cell struct {
 	Rate    float64 `json:"rate,omitempty"` // requests a second of each job; 0: as fast as it can
 	CPUs    int     `json:"cpus,omitempty"` // that goroutines run on at a time; 0: all
 
+	Foreground     string  `json:"foreground,omitempty"` // beside a stream of copies
+	ForegroundRate float64 `json:"foreground_rate,omitempty"`
+	Yield          bool    `json:"yield,omitempty"` // copies give way to it
+
 	Warmup      time.Duration `json:"warmup_ns,omitempty"`
 	Time        time.Duration `json:"time_ns,omitempty"`
 	Count       int64         `json:"count,omitempty"` // requests of all jobs together
@@ -66,7 +70,7 @@ func defaultCell() Cell {
 	return Cell{
 		Stack: stackBare, Engine: Scaled, Offload: offloadOff, Writes: writesFirst, Store: Transient, Snapshots: 1, Layers: 3,
 		Device: deviceNull, Size: 512 << 20, Chunk: 4 << 10, Region: 64 << 10, Pattern: patternRandom, Theta: 0.99, Data: 100,
-		Jobs: 1, Depth: 32, Repetitions: 3,
+		Jobs: 1, Depth: 32, Repetitions: 3, Foreground: foregroundNone, ForegroundRate: foregroundRate,
 	}
 }
 
@@ -83,20 +87,23 @@ const (
 	stackStoreOpen      = "store-open"
 	stackCommit         = "clone-commit"
 
-	offloadOff    = "off"
-	offloadAuto   = "auto"
-	offloadOnly   = "only"
-	offloadWorker = "worker"
+	offloadOff      = "off"
+	offloadAuto     = "auto"
+	offloadOnly     = "only"
+	offloadEmulated = "emulated"
+	offloadWorker   = "worker"
 
 	deviceNull   = "null"
 	deviceBlank  = "blank"
 	deviceMem    = "mem"
+	deviceMedia  = "media"
 	deviceFile   = "file"
 	deviceRemote = "remote"
 	deviceNBD    = "nbd"
 
 	patternRandom     = "random"
 	patternSequential = "sequential"
+	patternStrided    = "strided"
 	patternZipf       = "zipf"
 
 	writesFirst = "first"
@@ -148,6 +155,9 @@ var fields = []field{
 	{"jobs", func(c *Cell) value { return whole{&c.Jobs, 1, 1024} }, hasJobs},
 	{"depth", func(c *Cell) value { return whole{&c.Depth, 1, 4096} }, hasDepth},
 	{"rate", func(c *Cell) value { return number{&c.Rate, 0, 1e9} }, jobful},
+	{"foreground", func(c *Cell) value { return choice{&c.Foreground, foregroundNames} }, onStack(stackCopies)},
+	{"foreground-rate", func(c *Cell) value { return number{&c.ForegroundRate, 1, 1e9} }, hasForeground},
+	{"yield", func(c *Cell) value { return flag{&c.Yield} }, hasForeground},
 	{"cpus", func(c *Cell) value { return whole{&c.CPUs, 0, 1024} }, nil},
 	{"offload", func(c *Cell) value { return choice{&c.Offload, offloadNames} }, hasEngine},
 	{"engine", func(c *Cell) value { return choice{&c.Engine, engineNames()} }, picksEngine},
@@ -165,16 +175,17 @@ var (
 		stackBare, stackSnapshotOrigin, stackSnapshot, stackClone, stackCopies, stackMapped, stackTransfer, stackHydration,
 		stackStoreOpen, stackCommit,
 	}
-	deviceNames  = []string{deviceNull, deviceBlank, deviceMem, deviceFile, deviceRemote, deviceNBD}
-	patternNames = []string{patternRandom, patternSequential, patternZipf}
-	offloadNames = []string{offloadOff, offloadAuto, offloadOnly, offloadWorker}
+	deviceNames     = []string{deviceNull, deviceBlank, deviceMem, deviceMedia, deviceFile, deviceRemote, deviceNBD}
+	patternNames    = []string{patternRandom, patternSequential, patternStrided, patternZipf}
+	foregroundNames = []string{foregroundNone, foregroundRead, foregroundCopy}
+	offloadNames    = []string{offloadOff, offloadAuto, offloadOnly, offloadEmulated, offloadWorker}
 )
 
 // comparedKeys are the fields that cells may be compared by.
 func comparedKeys() []string {
 	return []string{
 		"stack", "device", "store", "snapshots", "layers", "hydration", "chunk", "region", "block", "pattern", "writes", "jobs",
-		"depth", "cpus", "offload", "engine", "read",
+		"depth", "cpus", "offload", "engine", "read", "foreground", "yield",
 	}
 }
 
@@ -201,12 +212,16 @@ func hasJobs(c *Cell) bool       { return jobful(c) || onStack(stackTransfer)(c)
 func hasDepth(c *Cell) bool      { return jobful(c) || onStack(stackTransfer)(c) }
 func isZipf(c *Cell) bool        { return jobful(c) && c.Pattern == patternZipf }
 func reads(c *Cell) bool         { return jobful(c) && c.Stack != stackCopies }
-func counts(c *Cell) bool        { return jobful(c) || onStack(stackStoreOpen, stackCommit)(c) }
-func hasLeaves(c *Cell) bool     { return jobful(c) || onStack(stackTransfer, stackHydration)(c) }
+func hasForeground(c *Cell) bool {
+	return c.Stack == stackCopies && c.Foreground != foregroundNone && c.Foreground != ""
+}
+func counts(c *Cell) bool    { return jobful(c) || onStack(stackStoreOpen, stackCommit)(c) }
+func hasLeaves(c *Cell) bool { return jobful(c) || onStack(stackTransfer, stackHydration)(c) }
 
-// hasController tells whether the devices have a copy command or a server that copies.
+// hasController tells whether the devices have a copy command of their own, or a server that copies.
 func hasController(c *Cell) bool {
-	return onDevice(deviceNull, deviceRemote)(c) && hasEngine(c) && c.Offload != offloadOff
+	return onDevice(deviceNull, deviceRemote, deviceMedia)(c) && hasEngine(c) && c.Offload != offloadOff &&
+		c.Offload != offloadEmulated
 }
 
 // unit is what is copied on write, in bytes; 0: nothing is.
@@ -294,7 +309,7 @@ func (c *Cell) check() error {
 		return fmt.Errorf("other-uri: stack = %q needs a second export", c.Stack)
 	case c.Device == deviceNBD && c.Snapshots > 1:
 		return fmt.Errorf("snapshots: there is one other export only")
-	case c.Store == Persistent && onDevice(deviceNull, deviceBlank, deviceRemote)(c):
+	case c.Store == Persistent && onDevice(deviceNull, deviceBlank, deviceMedia, deviceRemote)(c):
 		return fmt.Errorf("store: device = %q does not keep it", c.Device)
 	case c.Bandwidth > 0 && c.Latency == 0:
 		return fmt.Errorf("latency: a bandwidth needs one")
@@ -304,8 +319,16 @@ func (c *Cell) check() error {
 		return fmt.Errorf("cpus: %d is more than the %d of this machine", c.CPUs, runtime.NumCPU())
 	case c.Offload == offloadWorker && c.Engine != Serialised:
 		return fmt.Errorf("offload: %q is the serialised engine's", c.Offload)
+	case c.Offload == offloadEmulated && c.Device != deviceMedia:
+		return fmt.Errorf("offload: device = %q has no copy command that is emulated", c.Device)
 	case c.Offload != "" && c.Offload != offloadOff && onDevice(deviceBlank, deviceMem, deviceNBD)(c) && c.Offload != offloadAuto:
 		return fmt.Errorf("offload: device = %q has none", c.Device)
+	case hasForeground(c) && c.Time == 0:
+		return fmt.Errorf("foreground: it needs a time")
+	case hasForeground(c) && c.Block < foregroundBlock:
+		return fmt.Errorf("block: %d is less than the foreground's %d", c.Block, foregroundBlock)
+	case hasForeground(c) && c.Range/c.Block < int64(c.Jobs)+foregroundUnits(c, c.Range/c.Block):
+		return fmt.Errorf("range: %d is not some block for each of %d jobs and the foreground", c.Range, c.Jobs)
 	case c.Warmup > 0 && c.Time == 0:
 		return fmt.Errorf("warmup: it needs a time")
 	case c.Counted && c.Device == deviceNBD:
@@ -324,6 +347,9 @@ func (c *Cell) Label() string {
 
 // unlabelled are the fields that no label shows.
 var unlabelled = []string{"name", "time", "warmup", "repetitions", "compare", "against", "counted", "range"}
+
+// ambiguous are the fields whose values do not say by themselves what they are of.
+var ambiguous = []string{"offload", "writes", "foreground"}
 
 // labelCells gives each cell its label.
 func labelCells(cells []*Cell) {
@@ -345,7 +371,7 @@ func labelCells(cells []*Cell) {
 				if f.used != nil && !f.used(c) || text == c.Name {
 					continue
 				}
-				if _, ok := f.value(c).(choice); !ok || f.key == "offload" || f.key == "writes" {
+				if _, ok := f.value(c).(choice); !ok || slices.Contains(ambiguous, f.key) {
 					text = f.key + " " + text
 				}
 				c.label += ", " + text

@@ -81,7 +81,7 @@ func (o *Outcome) facets(axis string) []facet {
 
 // nameOf is a field's value as it stands in titles.
 func nameOf(f field, c *Cell) string {
-	if _, ok := f.value(c).(choice); ok && f.key != "offload" && f.key != "writes" {
+	if _, ok := f.value(c).(choice); ok && !slices.Contains(ambiguous, f.key) {
 		return f.value(c).String()
 	}
 	return f.key + " " + f.value(c).String()

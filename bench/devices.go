@@ -17,8 +17,12 @@ import (
 	"cowherd/cowstore"
 )
 
-// pool keeps memory devices from run to run of a group of cells, so that their memory is touched once only.
-type pool map[poolKey]*mem.Device
+// pool keeps memory devices from run to run of a group of cells, so that their memory is touched once only, and the
+// memory of media devices for all groups.
+type pool struct {
+	kept    map[poolKey]*mem.Device
+	windows *windows
+}
 
 type poolKey struct {
 	role string
@@ -28,22 +32,22 @@ type poolKey struct {
 // mem gives a memory device all of whose memory has been touched.
 func (p pool) mem(role string, size int64) (*mem.Device, error) {
 	key := poolKey{role, size}
-	if d := p[key]; d != nil {
+	if d := p.kept[key]; d != nil {
 		return d, nil
 	}
 	d, err := mem.New(mem.Config{Size: size})
 	if err != nil {
 		return nil, err
 	}
-	p[key] = d
+	p.kept[key] = d
 	return d, fill(d)
 }
 
 func (p pool) close() error {
 	var errs []error
-	for key, d := range p {
+	for key, d := range p.kept {
 		errs = append(errs, d.Close())
-		delete(p, key)
+		delete(p.kept, key)
 	}
 	return errors.Join(errs...)
 }
@@ -61,6 +65,7 @@ type kit struct {
 	pool       pool
 	controller *null.Controller
 	link       *null.Link
+	command    *mediaCommand
 	counts     []*ioCounts
 	closers    []io.Closer
 	paths      []string
@@ -70,7 +75,10 @@ type kit struct {
 func newKit(c *Cell, p pool) (*kit, error) {
 	k := &kit{cell: c, pool: p}
 	var err error
-	if hasController(c) {
+	if c.Device == deviceMedia && hasEngine(c) && c.Offload != offloadOff {
+		k.command = newMediaCommand(c)
+	}
+	if onDevice(deviceNull, deviceRemote)(c) && hasController(c) {
 		config := null.ControllerConfig{Latency: c.CopyLatency, Bandwidth: c.CopyBandwidth}
 		if c.Device == deviceRemote {
 			config.Method = block.CopyServer
@@ -116,6 +124,9 @@ func (k *kit) leaf(role string, number int, size int64) (block.Device, error) {
 		return blank{size}, nil
 	case deviceMem:
 		return k.pool.mem(fmt.Sprintf("%s%d", role, number), size)
+	case deviceMedia:
+		w := k.pool.windows
+		return &media{size: size, memory: w.of(fmt.Sprintf("%s%d", role, number)), windows: w, command: k.command}, nil
 	case deviceFile:
 		return k.file(role, size)
 	case deviceNBD:

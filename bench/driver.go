@@ -28,11 +28,14 @@ type sampled struct {
 	harness float64       // nanoseconds of it for each operation
 	written int64         // bytes that the jobs wrote, the warm-up included
 	writes  int64         // and requests
+	sent    int64         // all requests of the jobs, the warm-up included; 0: as count
 	stats   kcopyd.Stats  // of all engines together; only what is counted up
 	queues  []uint64      // jobs of engines by the queue that issued them, or requests by job where there is no engine
 	io      []ioCount     // by leaf, see roles
 	roles   []string
 	profile *profiled // nil: it was not profiled
+
+	foreground *hdrhistogram.Histogram // latencies of the foreground beside copies; nil: there is none
 }
 
 // once is a sample of a run that is one operation.

@@ -43,8 +43,9 @@ type job struct {
 	random            uint64       // state of the generator that picks them
 	written           int64        // bytes of writes that were submitted
 	interval          float64
-	spun              time.Duration // that a paced job has busily waited
-	copies            *copies       // requests are jobs of an engine; nil: of device
+	spun              time.Duration     // that a paced job has busily waited
+	copies            *copies           // requests are jobs of an engine; nil: of device
+	tell              func(block.Queue) // is told of each request; may be nil
 
 	ops      []op
 	finished atomic.Pointer[op]
@@ -164,6 +165,9 @@ func (j *job) submit(o *op, now int64) {
 	}
 	j.sent++
 	o.start = now
+	if j.tell != nil {
+		j.tell(j.queue)
+	}
 	if j.copies != nil {
 		j.copies.submit(o)
 		return

@@ -15,6 +15,7 @@ type copies struct {
 	engine   kcopyd.Engine
 	from, to block.Device
 	offload  kcopyd.Offload
+	class    kcopyd.Class
 }
 
 // submit starts the copy of o.
@@ -26,7 +27,7 @@ func (c *copies) submit(o *op) {
 	}
 	k.From = kcopyd.Region{Device: c.from, Offset: o.r.Offset}
 	o.to[0] = kcopyd.Region{Device: c.to, Offset: o.r.Offset}
-	k.Length, k.Queue, k.Class, k.Offload = o.r.Length, o.r.Queue, kcopyd.Hydration, c.offload
+	k.Length, k.Queue, k.Class, k.Offload = o.r.Length, o.r.Queue, c.class, c.offload
 	c.engine.Submit(k)
 }
 
@@ -42,6 +43,7 @@ func (l *load) jobs(d block.Device, copies *copies, once bool) []*job {
 	c := l.cell
 	list := make([]*job, c.Jobs)
 	units := c.Range / max(c.unit(), c.Block)
+	units -= foregroundUnits(c, units)
 	for i := range list {
 		first, end := units*int64(i)/int64(c.Jobs), units*int64(i+1)/int64(c.Jobs)
 		j := newJob(d, block.Queue(i), c.Depth, block.OpWrite, c.Block, c.Block, l.offsets(first, end, once))
@@ -75,13 +77,16 @@ func (l *load) jobs(d block.Device, copies *copies, once bool) []*job {
 func (l *load) offsets(first, end int64, once bool) []uint32 {
 	c := l.cell
 	each := max(c.unit()/c.Block, 1) // blocks of a unit
+	strided := c.Pattern == patternStrided && !once
 	sparse := each > 1 && isCopyOnWrite(c) && (once || c.Writes == writesFirst && c.Pattern == patternRandom && c.Read < 100)
-	if sparse { // one block of each unit
+	if sparse || strided { // one block of each unit
 		list := make([]uint32, end-first)
 		for i := range list {
 			list[i] = uint32((first+int64(i))*each + l.rand.Int64N(each))
 		}
-		l.shuffle(list)
+		if !strided {
+			l.shuffle(list)
+		}
 		return list
 	}
 	list := make([]uint32, (end-first)*each)

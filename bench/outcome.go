@@ -95,12 +95,17 @@ type CellResult struct {
 	Busiest Figure    `json:"busiest_queue_share"`
 	Queues  []float64 `json:"queue_shares,omitempty"` // medians
 	// Copied is the bytes that engines copied for each byte that the jobs wrote.
-	Copied  Figure         `json:"copied_bytes_per_byte"`
-	Methods []MethodResult `json:"methods,omitempty"`
-	Leaves  []LeafResult   `json:"leaves,omitempty"`
-	Stages  []StageResult  `json:"stages,omitempty"` // if it was profiled
+	Copied Figure `json:"copied_bytes_per_byte"`
+	// Foreground is the latencies of the foreground beside a stream of copies, where there is one.
+	ForegroundOps  Figure         `json:"foreground_ops,omitzero"` // of a run, which were measured
+	ForegroundP50  Figure         `json:"foreground_p50_us,omitzero"`
+	ForegroundP99  Figure         `json:"foreground_p99_us,omitzero"`
+	ForegroundP999 Figure         `json:"foreground_p999_us,omitzero"`
+	Methods        []MethodResult `json:"methods,omitempty"`
+	Leaves         []LeafResult   `json:"leaves,omitempty"`
+	Stages         []StageResult  `json:"stages,omitempty"` // if it was profiled
 	// Percentiles is the curve of the latencies of all runs together.
-	Percentiles []Percentile `json:"percentiles"`
+	Percentiles []Percentile `json:"percentiles,omitempty"`
 }
 
 // MethodResult is what engines copied by one method, over all runs.
@@ -168,13 +173,34 @@ var quantities = []struct {
 	{"CPU/byte", func(s *sampled) float64 { return float64(s.cpu) / float64(s.bytes) }, func(r *CellResult) *Figure { return &r.CPUByte }},
 	{"busiest queue", func(s *sampled) float64 { return busiest(s.queues) }, func(r *CellResult) *Figure { return &r.Busiest }},
 	{"copied bytes", copiedPerByte, func(r *CellResult) *Figure { return &r.Copied }},
+	{"foreground ops", foregroundOps, func(r *CellResult) *Figure { return &r.ForegroundOps }},
+	{"foreground p50", foregroundQuantile(50), func(r *CellResult) *Figure { return &r.ForegroundP50 }},
+	{"foreground p99", foregroundQuantile(99), func(r *CellResult) *Figure { return &r.ForegroundP99 }},
+	{"foreground p99.9", foregroundQuantile(99.9), func(r *CellResult) *Figure { return &r.ForegroundP999 }},
 }
 
 // comparedQuantities are those of which ratios are told.
-var comparedQuantities = []string{"iops", "mean latency", "p50 latency", "p99 latency", "CPU/op"}
+var comparedQuantities = []string{"iops", "mean latency", "p50 latency", "p99 latency", "CPU/op", "foreground p50", "foreground p99"}
 
 func quantile(q float64) func(s *sampled) float64 {
 	return func(s *sampled) float64 { return float64(s.latency.ValueAtQuantile(q)) / us }
+}
+
+// foregroundOps is zero where there is no foreground, as foregroundQuantile is.
+func foregroundOps(s *sampled) float64 {
+	if s.foreground == nil {
+		return 0
+	}
+	return float64(s.foreground.TotalCount())
+}
+
+func foregroundQuantile(q float64) func(s *sampled) float64 {
+	return func(s *sampled) float64 {
+		if s.foreground == nil {
+			return 0
+		}
+		return float64(s.foreground.ValueAtQuantile(q)) / us
+	}
 }
 
 // copiedPerByte is zero where nothing was written.
@@ -329,6 +355,9 @@ func leaves(list []*sampled) []LeafResult {
 		n, b := s.writes, s.written
 		if n == 0 {
 			n, b = s.count, s.bytes
+			if s.sent > 0 {
+				n, b = s.sent, s.sent*(s.bytes/s.count)
+			}
 		}
 		ops, bytes = ops+float64(n), bytes+float64(b)
 	}

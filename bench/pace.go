@@ -56,13 +56,20 @@ func (j *job) await(due int64) {
 			return
 		}
 	}
-	begin := j.now()
-	now := begin
-	for now < due {
-		runtime.Gosched()
-		now = j.now()
+	if begin := j.now(); begin < due {
+		before := threadTime()
+		for j.now() < due {
+			runtime.Gosched()
+		}
+		if begin >= j.from {
+			j.spun += threadTime() - before
+		}
 	}
-	if begin >= j.from {
-		j.spun += time.Duration(now - begin)
-	}
+}
+
+// threadTime is the processor time of this thread: that of others who run while the job yields is not in it.
+func threadTime() time.Duration {
+	var t unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &t) // the clock is always there
+	return time.Duration(t.Nano())
 }

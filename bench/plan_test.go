@@ -93,6 +93,10 @@ func TestPlanErrors(t *testing.T) {
 		{"bandwidth", "[[cell]]\nbandwidth = '1m'\n", "plan.toml:1: latency: "},
 		{"worker", "[[cell]]\nstack = 'copies'\noffload = 'worker'\n", "plan.toml:1: offload: "},
 		{"no offload", "[[cell]]\nstack = 'copies'\ndevice = 'mem'\noffload = 'only'\n", "plan.toml:1: offload: "},
+		{"not emulated", "[[cell]]\nstack = 'copies'\noffload = 'emulated'\n", "plan.toml:1: offload: "},
+		{"foreground without time", "[[cell]]\nstack = 'copies'\nforeground = 'read'\n", "plan.toml:1: foreground: it needs a time"},
+		{"small beside foreground", "[[cell]]\nstack = 'copies'\nforeground = 'read'\ntime = '1s'\nblock = 512\n", "plan.toml:1: block: "},
+		{"no room beside foreground", "[[cell]]\nstack = 'copies'\nforeground = 'read'\ntime = '1s'\nsize = '8k'\njobs = 2\n", "plan.toml:1: range: "},
 		{"too many", "[defaults]\njobs = [" + strings.Repeat("1, ", 200) + "1]\ndepth = [" + strings.Repeat("1, ", 200) + "1]\n[[cell]]\n",
 			"plan.toml:4: the lists multiply out to more than 10000"},
 	}
@@ -144,6 +148,11 @@ pattern = "sequential"
 stack = "bare"
 pattern = "zipf"
 range = "512k"
+[[cell]]
+stack = "clone"
+region = "16k"
+block = "4k"
+pattern = "strided"
 `)
 	list := func(c *Cell, first, end int64, once bool) []uint32 {
 		return (&load{cell: c, rand: rand.New(rand.NewPCG(1, 1))}).offsets(first, end, once)
@@ -154,6 +163,11 @@ range = "512k"
 	}
 	if len(seen) != 6 || !seen[4] || !seen[9] {
 		t.Errorf("regions %v", seen)
+	}
+	for i, at := range list(cells[3], 4, 10, false) {
+		if at/4 != uint32(4+i) {
+			t.Errorf("strided: region %d is %d", i, at/4)
+		}
 	}
 	for i, at := range list(cells[1], 3, 10, false) {
 		if at != uint32(3+i) {

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"time"
 
+	"cowherd/backend/mem"
 	"cowherd/kcopyd"
 )
 
@@ -41,8 +42,9 @@ func (x *Runner) Run(ctx context.Context) (*Outcome, error) {
 		all += len(order(len(g))) * repetitions(g)
 	}
 	samples := map[*Cell][]*sampled{}
+	media := &windows{memory: map[string][]byte{}}
 	for _, g := range groups {
-		devices := pool{}
+		devices := pool{kept: map[poolKey]*mem.Device{}, windows: media}
 		for range repetitions(g) {
 			for _, i := range order(len(g)) {
 				c := g[i]
@@ -91,7 +93,7 @@ func repetitions(group []*Cell) int {
 // conditions are the fields that cells of different stacks have in common when they are compared with each other.
 var conditions = []string{
 	"device", "size", "range", "latency", "bandwidth", "queues", "dir", "direct", "uri", "block", "pattern", "theta", "read", "jobs",
-	"depth", "rate", "cpus",
+	"depth", "rate", "foreground", "foreground-rate", "cpus",
 }
 
 // groupsOf puts cells that are compared with each other in one group, and keeps the order of the plan.
@@ -202,7 +204,7 @@ func (c *Cell) hash() uint64 {
 
 // measure runs the jobs of a cell over its stack.
 func (x *Runner) measure(ctx context.Context, c *Cell, k *kit, b *stack, l *load, number int) (*sampled, error) {
-	jobs := l.jobs(b.device, b.copies, false)
+	jobs, beside := l.jobs(b.device, b.copies, false), l.foreground(b)
 	harness, err := x.harnessCost(c)
 	if err != nil {
 		return nil, err
@@ -217,15 +219,18 @@ func (x *Runner) measure(ctx context.Context, c *Cell, k *kit, b *stack, l *load
 		for _, j := range jobs {
 			j.until.Store(0)
 		}
+		if beside != nil {
+			beside.until.Store(0)
+		}
 	})
 	defer stop()
-	m, profile, err := x.profile(c, number, func() (measurement, error) { return runJobs(jobs) })
+	m, profile, err := x.profile(c, number, func() (measurement, error) { return runBeside(jobs, beside) })
 	if err := cmp.Or(ctx.Err(), err); err != nil {
 		return nil, err
 	}
 	s := &sampled{
 		elapsed: m.elapsed, count: int64(m.count), bytes: int64(m.count) * c.Block, latency: m.latency, written: m.written,
-		writes: m.written / c.Block, harness: harness, cpu: max(0, m.cpu-m.spun-time.Duration(harness*float64(m.count))),
+		writes: m.written / c.Block, sent: int64(m.sent), harness: harness, cpu: max(0, m.cpu-m.spun-time.Duration(harness*float64(m.count))),
 		profile: profile,
 	}
 	s.stats, s.queues = statsOf(b.engines)
@@ -239,6 +244,12 @@ func (x *Runner) measure(ctx context.Context, c *Cell, k *kit, b *stack, l *load
 		}
 	}
 	s.countIO(k, before)
+	if beside != nil {
+		s.foreground = beside.latency
+		for i, role := range s.roles {
+			s.io[i] = s.io[i].sub(foregroundIO(beside, role))
+		}
+	}
 	return s, nil
 }
 
@@ -321,10 +332,13 @@ func subStats(s *kcopyd.Stats, before kcopyd.Stats) {
 
 // offloaded tells whether anything was read and written that should have been offloaded.
 func (s *sampled) offloaded(c *Cell) error {
-	if c.Offload != offloadOnly && c.Offload != offloadWorker {
+	if c.Offload != offloadOnly && c.Offload != offloadEmulated && c.Offload != offloadWorker {
 		return nil
 	}
 	for _, m := range s.stats.Methods {
+		if hasForeground(c) && m.Class == kcopyd.CopyOnWrite.String() {
+			continue // the foreground's own
+		}
 		if m.Method == "readwrite" && m.Bytes > 0 {
 			return fmt.Errorf("%d bytes were read and written, not offloaded", m.Bytes)
 		}

@@ -39,9 +39,11 @@ type stack struct {
 	device  block.Device
 	copies  *copies // jobs are copies; nil: requests to device
 	engines []engine
-	started func()       // called before the measured run
-	check   func() error // what must hold after a run; nil: nothing
-	closers []func() error
+	// throttle is that of all engines; nil: there is none, and copies do not give way.
+	throttle *kcopyd.Throttle
+	started  func()       // called before the measured run
+	check    func() error // what must hold after a run; nil: nothing
+	closers  []func() error
 }
 
 func (s *stack) onClose(f func() error) { s.closers = append(s.closers, f) }
@@ -56,11 +58,14 @@ func (s *stack) close() error {
 
 // newEngine makes the engine of a cell, which the stack closes.
 func (s *stack) newEngine(c *Cell) engine {
-	config := kcopyd.Config{}
+	if c.Yield && s.throttle == nil {
+		s.throttle = kcopyd.NewThrottle()
+	}
+	config := kcopyd.Config{Throttle: s.throttle}
 	switch c.Offload {
 	case offloadOff:
 		config.OffloadThreshold = math.MaxInt64
-	case offloadOnly, offloadWorker:
+	case offloadOnly, offloadEmulated, offloadWorker:
 		config.OffloadFloor, config.OffloadThreshold = 1, 1
 		config.OffloadInWorker = c.Offload == offloadWorker
 	}
@@ -94,7 +99,7 @@ func build(c *Cell, k *kit) (*stack, error) {
 	case stackCopies:
 		var to block.Device
 		if to, err = k.device(roleOther, 0, c.Size); err == nil {
-			s.copies = &copies{engine: s.newEngine(c), from: d, to: to, offload: offloadOf(c)}
+			s.copies = &copies{engine: s.newEngine(c), from: d, to: to, offload: offloadOf(c), class: kcopyd.Hydration}
 		}
 	default:
 		err = fmt.Errorf("stack %q has no jobs", c.Stack)
@@ -107,7 +112,7 @@ func offloadOf(c *Cell) kcopyd.Offload {
 	switch c.Offload {
 	case offloadOff:
 		return kcopyd.OffloadOff
-	case offloadOnly:
+	case offloadOnly, offloadEmulated, offloadWorker:
 		return kcopyd.OffloadOnly
 	}
 	return kcopyd.OffloadAuto

@@ -30,6 +30,15 @@ func TestBench(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(dir, "report.html")); err != nil {
 		t.Error(err)
 	}
+	brief := cowherd(t, append([]string{"bench", "kcopyd", "--device", "null", "--only", "^first", "--brief"}, tiny...)...)
+	var kept bench.Outcome
+	if err := json.Unmarshal([]byte(brief.stdout), &kept); err != nil || len(kept.Cells) != 6 || len(kept.Compared) != len(o.Compared) ||
+		kept.Cells[0].Percentiles != nil || kept.Cells[0].Ops.Median == 0 || kept.Machine != o.Machine {
+		t.Errorf("%v: %+v", err, kept)
+	}
+	if lines := strings.Count(brief.stdout, "\n"); lines != 10+len(kept.Cells)+len(kept.Compared) {
+		t.Errorf("%d lines", lines)
+	}
 	r = cowherd(t, append([]string{"bench", "fio_origin_randwrite_latency_N", "--csv"}, tiny...)...)
 	if rows, err := csv.NewReader(strings.NewReader(r.stdout)).ReadAll(); err != nil || len(rows) != 5 {
 		t.Errorf("%d rows, %v, %s", len(rows), err, r.stderr)
@@ -70,6 +79,7 @@ func TestBenchMistakes(t *testing.T) {
 		{"kcopyd --only (", "--only: "},
 		{"kcopyd --only nothing", `no cell matches "nothing"`},
 		{"kcopyd --json --csv", "exclude each other"},
+		{"kcopyd --json --brief", "exclude each other"},
 		{"kcopyd --chunks -5", "--chunks: "},
 		{"kcopyd --chunk 5000 --chunks 5", "--chunk: "},
 		{"kcopyd --chunk 5000", "chunk: 5000 is not a power of two"},

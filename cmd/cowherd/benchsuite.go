@@ -21,6 +21,7 @@ import (
 type benchFlags struct {
 	outputFlags
 	CSV     bool   `name:"csv" help:"Print comma-separated values: a line for each cell."`
+	Brief   bool   `help:"Print JSON to be kept: a line for each result and ratio, numbers of four digits, no curves of percentiles."`
 	Report  string `placeholder:"DIR" complete:"file" help:"Write a report to DIR: report.html, which needs nothing else, and the plots and figures as files beside it."`
 	Profile string `placeholder:"DIR" complete:"file" help:"Write CPU profiles of the measured time to DIR, and print where it goes."`
 	Only    string `placeholder:"REGEXP" help:"Run only the cells whose labels match."`
@@ -28,11 +29,11 @@ type benchFlags struct {
 	Seed    uint64 `default:"1" placeholder:"N" help:"Seed of the patterns (${default})."`
 
 	Set         []string `sep:"none" placeholder:"KEY=VALUE,..." help:"Overrule any key of the plan, in all cells; several values multiply out."`
-	Device      []string `placeholder:"KIND,..." complete:"=null blank mem file remote nbd" help:"As --set device=KIND: null, blank, mem, file, remote, nbd."`
+	Device      []string `placeholder:"KIND,..." complete:"=null blank mem media file remote nbd" help:"As --set device=KIND: null, blank, mem, media, file, remote, nbd."`
 	Dir         []string `placeholder:"DIR,..." complete:"file" help:"As --set dir=DIR: where a device of the kind file has its files."`
 	Size        []string `placeholder:"SIZE,..." help:"As --set size=SIZE: length of the device."`
 	Engine      []string `placeholder:"NAME,..." complete:"=scaled serialised" help:"As --set engine=NAME."`
-	Offload     []string `placeholder:"HOW,..." complete:"=off auto only worker" help:"As --set offload=HOW: off, auto, only, worker."`
+	Offload     []string `placeholder:"HOW,..." complete:"=off auto only emulated worker" help:"As --set offload=HOW: off, auto, only, emulated, worker."`
 	Jobs        []string `placeholder:"N,..." help:"As --set jobs=N: jobs at the same time."`
 	Depth       []string `placeholder:"N,..." help:"As --set depth=N: requests that each job keeps in flight."`
 	Block       []string `placeholder:"SIZE,..." help:"As --set block=SIZE: size of a request."`
@@ -111,8 +112,8 @@ func (f *benchFlags) suite(s *session, names ...string) error {
 
 // cells runs cells, or lists them, and prints what they have come to.
 func (f *benchFlags) cells(s *session, title string, cells []*bench.Cell) error {
-	if f.JSON && f.CSV {
-		return usagef("--json and --csv exclude each other")
+	if f.JSON && f.CSV || f.Brief && (f.JSON || f.CSV) {
+		return usagef("--json, --csv and --brief exclude each other")
 	}
 	if f.List {
 		for _, c := range cells {
@@ -136,6 +137,8 @@ func (f *benchFlags) cells(s *session, title string, cells []*bench.Cell) error 
 		switch {
 		case f.CSV:
 			return csvReport{o}, nil
+		case f.Brief:
+			return briefReport{o}, nil
 		case f.shape != nil:
 			return f.shape(o)
 		}
@@ -148,6 +151,12 @@ type csvReport struct{ *bench.Outcome }
 
 // WriteTable prints for programs.
 func (r csvReport) WriteTable(w io.Writer) error { return r.WriteCSV(w) }
+
+// briefReport prints an outcome as JSON to be kept.
+type briefReport struct{ *bench.Outcome }
+
+// WriteTable prints for programs.
+func (r briefReport) WriteTable(w io.Writer) error { return r.WriteBrief(w) }
 
 // commandLine is how this program was called, as a shell takes it.
 func commandLine() string {
