@@ -3,6 +3,7 @@ package bench
 import (
 	"encoding/json"
 	"io"
+	"maps"
 	"slices"
 	"strconv"
 )
@@ -62,6 +63,10 @@ func (r CellResult) brief() CellResult {
 		*f = f.rounded()
 	}
 	r.Queues, r.Methods, r.Leaves = slices.Clone(r.Queues), slices.Clone(r.Methods), slices.Clone(r.Leaves)
+	r.Further = maps.Clone(r.Further)
+	for name, f := range r.Further {
+		r.Further[name] = f.rounded()
+	}
 	for i := range r.Queues {
 		r.Queues[i] = rounded(r.Queues[i])
 	}

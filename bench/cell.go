@@ -52,7 +52,8 @@ type Cell struct {
 
 	Foreground     string  `json:"foreground,omitempty"` // beside a stream of copies
 	ForegroundRate float64 `json:"foreground_rate,omitempty"`
-	Yield          bool    `json:"yield,omitempty"` // copies give way to it
+	Yield          bool    `json:"yield,omitempty"`  // copies give way to it
+	Packed         bool    `json:"packed,omitempty"` // copies lie one behind the other
 
 	Warmup      time.Duration `json:"warmup_ns,omitempty"`
 	Time        time.Duration `json:"time_ns,omitempty"`
@@ -86,6 +87,7 @@ const (
 	stackHydration      = "hydration"
 	stackStoreOpen      = "store-open"
 	stackCommit         = "clone-commit"
+	stackAftermath      = "aftermath"
 
 	offloadOff      = "off"
 	offloadAuto     = "auto"
@@ -147,7 +149,7 @@ var fields = []field{
 	{"chunk", func(c *Cell) value { return amount{&c.Chunk, 1 << 30} }, hasChunks},
 	{"region", func(c *Cell) value { return amount{&c.Region, 1 << 30} }, onStack(stackClone, stackHydration, stackCommit)},
 	{"block", func(c *Cell) value { return amount{&c.Block, 1 << 30} }, hasBlocks},
-	{"pattern", func(c *Cell) value { return choice{&c.Pattern, patternNames} }, jobful},
+	{"pattern", func(c *Cell) value { return choice{&c.Pattern, patternNames} }, goesOver},
 	{"theta", func(c *Cell) value { return number{&c.Theta, 0.01, 10} }, isZipf},
 	{"read", func(c *Cell) value { return whole{&c.Read, 0, 100} }, reads},
 	{"writes", func(c *Cell) value { return choice{&c.Writes, []string{writesFirst, writesLater}} }, isCopyOnWrite},
@@ -158,11 +160,12 @@ var fields = []field{
 	{"foreground", func(c *Cell) value { return choice{&c.Foreground, foregroundNames} }, onStack(stackCopies)},
 	{"foreground-rate", func(c *Cell) value { return number{&c.ForegroundRate, 1, 1e9} }, hasForeground},
 	{"yield", func(c *Cell) value { return flag{&c.Yield} }, hasForeground},
+	{"packed", func(c *Cell) value { return flag{&c.Packed} }, onStack(stackAftermath)},
 	{"cpus", func(c *Cell) value { return whole{&c.CPUs, 0, 1024} }, nil},
 	{"offload", func(c *Cell) value { return choice{&c.Offload, offloadNames} }, hasEngine},
 	{"engine", func(c *Cell) value { return choice{&c.Engine, engineNames()} }, picksEngine},
 	{"warmup", func(c *Cell) value { return span{&c.Warmup, time.Hour} }, jobful},
-	{"time", func(c *Cell) value { return span{&c.Time, 24 * time.Hour} }, jobful},
+	{"time", func(c *Cell) value { return span{&c.Time, 24 * time.Hour} }, goesOver},
 	{"count", func(c *Cell) value { return long{&c.Count, 0, math.MaxInt32} }, counts},
 	{"repetitions", func(c *Cell) value { return whole{&c.Repetitions, 1, 1000} }, nil},
 	{"compare", func(c *Cell) value { return choice{&c.Compare, append(comparedKeys(), "")} }, nil},
@@ -173,7 +176,7 @@ var fields = []field{
 var (
 	stackNames = []string{
 		stackBare, stackSnapshotOrigin, stackSnapshot, stackClone, stackCopies, stackMapped, stackTransfer, stackHydration,
-		stackStoreOpen, stackCommit,
+		stackStoreOpen, stackCommit, stackAftermath,
 	}
 	deviceNames     = []string{deviceNull, deviceBlank, deviceMem, deviceMedia, deviceFile, deviceRemote, deviceNBD}
 	patternNames    = []string{patternRandom, patternSequential, patternStrided, patternZipf}
@@ -185,7 +188,7 @@ var (
 func comparedKeys() []string {
 	return []string{
 		"stack", "device", "store", "snapshots", "layers", "hydration", "chunk", "region", "block", "pattern", "writes", "jobs",
-		"depth", "cpus", "offload", "engine", "read", "foreground", "yield",
+		"depth", "cpus", "offload", "engine", "read", "foreground", "yield", "packed",
 	}
 }
 
@@ -199,19 +202,24 @@ func onDevice(names ...string) func(*Cell) bool {
 
 // jobful tells whether jobs submit requests; the other stacks have drivers of their own.
 func jobful(c *Cell) bool {
-	return !onStack(stackTransfer, stackHydration, stackStoreOpen, stackCommit)(c)
+	return !onStack(stackTransfer, stackHydration, stackStoreOpen, stackCommit, stackAftermath)(c)
 }
+
+// goesOver tells whether a range is gone over in a pattern, for a time.
+func goesOver(c *Cell) bool { return jobful(c) || c.Stack == stackAftermath }
 
 func isSnapshot(c *Cell) bool    { return onStack(stackSnapshotOrigin, stackSnapshot)(c) }
 func isCopyOnWrite(c *Cell) bool { return isSnapshot(c) || c.Stack == stackClone }
 func hasChunks(c *Cell) bool     { return isSnapshot(c) || c.Stack == stackStoreOpen }
-func picksEngine(c *Cell) bool   { return isCopyOnWrite(c) || onStack(stackCopies, stackHydration)(c) }
-func hasEngine(c *Cell) bool     { return picksEngine(c) || c.Stack == stackTransfer }
-func hasBlocks(c *Cell) bool     { return jobful(c) || c.Stack == stackTransfer }
-func hasJobs(c *Cell) bool       { return jobful(c) || onStack(stackTransfer)(c) }
-func hasDepth(c *Cell) bool      { return jobful(c) || onStack(stackTransfer)(c) }
-func isZipf(c *Cell) bool        { return jobful(c) && c.Pattern == patternZipf }
-func reads(c *Cell) bool         { return jobful(c) && c.Stack != stackCopies }
+func picksEngine(c *Cell) bool {
+	return isCopyOnWrite(c) || onStack(stackCopies, stackHydration, stackAftermath)(c)
+}
+func hasEngine(c *Cell) bool { return picksEngine(c) || c.Stack == stackTransfer }
+func hasBlocks(c *Cell) bool { return jobful(c) || onStack(stackTransfer, stackAftermath)(c) }
+func hasJobs(c *Cell) bool   { return jobful(c) || onStack(stackTransfer, stackAftermath)(c) }
+func hasDepth(c *Cell) bool  { return jobful(c) || onStack(stackTransfer, stackAftermath)(c) }
+func isZipf(c *Cell) bool    { return jobful(c) && c.Pattern == patternZipf }
+func reads(c *Cell) bool     { return jobful(c) && c.Stack != stackCopies }
 func hasForeground(c *Cell) bool {
 	return c.Stack == stackCopies && c.Foreground != foregroundNone && c.Foreground != ""
 }
@@ -301,6 +309,12 @@ func (c *Cell) check() error {
 		return fmt.Errorf("range: %d is not some block, chunk or region for each of %d jobs", c.Range, c.Jobs)
 	case jobful(c) && c.Range/c.Block > blocksMax:
 		return fmt.Errorf("range: %d has more than %d blocks", c.Range, blocksMax)
+	case c.Stack == stackAftermath && (c.Device != deviceFile || c.Direct):
+		return fmt.Errorf("device: stack = %q is about files, by the page cache", c.Stack)
+	case c.Stack == stackAftermath && c.Size/c.Block < int64(c.Jobs):
+		return fmt.Errorf("size: %d is not some block for each of %d jobs", c.Size, c.Jobs)
+	case c.Stack == stackAftermath && c.Size > blocksMax*512:
+		return fmt.Errorf("size: %d is more than %d", c.Size, int64(blocksMax*512))
 	case c.Device == deviceFile && c.Dir == "":
 		return fmt.Errorf("dir: device = %q needs a directory", c.Device)
 	case c.Device == deviceNBD && c.URI == "":

@@ -39,6 +39,7 @@ func (o *Outcome) charts() []chart {
 	list = append(list, o.ratios()...)
 	list = append(list, o.queueShares()...)
 	list = append(list, o.methods()...)
+	list = append(list, o.further()...)
 	return append(list, o.amplification()...)
 }
 
@@ -308,6 +309,21 @@ func (o *Outcome) methods() []chart {
 		}
 		return list
 	}, true)
+}
+
+// further are a chart for each quantity that only some stacks tell.
+func (o *Outcome) further() []chart {
+	var list []chart
+	for _, name := range o.furtherNames() {
+		title := strings.ReplaceAll(name, "_", " ")
+		list = append(list, o.bars("further-"+strings.ReplaceAll(name, "_", "-"), title, title, func(r *CellResult) []namedFigure {
+			if f, ok := r.Further[name]; ok {
+				return []namedFigure{{title, f}}
+			}
+			return nil
+		}, false)...)
+	}
+	return list
 }
 
 // amplification is what was done for each byte that the jobs wrote: as the leaves counted, or as far as the engines know.

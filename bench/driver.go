@@ -36,6 +36,7 @@ type sampled struct {
 	profile *profiled // nil: it was not profiled
 
 	foreground *hdrhistogram.Histogram // latencies of the foreground beside copies; nil: there is none
+	further    map[string]float64      // what only this stack tells
 }
 
 // once is a sample of a run that is one operation.
@@ -51,6 +52,7 @@ var drivers = map[string]func(context.Context, *Cell, *kit, *rand.Rand) (*sample
 	stackHydration: runHydration,
 	stackStoreOpen: runStoreOpen,
 	stackCommit:    runCommits,
+	stackAftermath: runAftermath,
 }
 
 // isSparse tells whether what is copied has holes.

@@ -3,6 +3,7 @@ package bench
 import (
 	"math"
 	"math/rand/v2"
+	"sync/atomic"
 	"time"
 
 	"cowherd/block"
@@ -10,12 +11,13 @@ import (
 )
 
 // copies makes jobs of an engine out of the requests of a job: each copies its range of one device to the same range of
-// another one, as hydration does.
+// another one, as hydration does, or behind what was copied before, as chunks go to a COW device.
 type copies struct {
 	engine   kcopyd.Engine
 	from, to block.Device
 	offload  kcopyd.Offload
 	class    kcopyd.Class
+	packed   *atomic.Int64 // where the next copy goes to; nil: to where it comes from
 }
 
 // submit starts the copy of o.
@@ -27,6 +29,9 @@ func (c *copies) submit(o *op) {
 	}
 	k.From = kcopyd.Region{Device: c.from, Offset: o.r.Offset}
 	o.to[0] = kcopyd.Region{Device: c.to, Offset: o.r.Offset}
+	if c.packed != nil {
+		o.to[0].Offset = c.packed.Add(o.r.Length) - o.r.Length
+	}
 	k.Length, k.Queue, k.Class, k.Offload = o.r.Length, o.r.Queue, c.class, c.offload
 	c.engine.Submit(k)
 }

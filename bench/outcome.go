@@ -102,8 +102,10 @@ type CellResult struct {
 	ForegroundP99  Figure         `json:"foreground_p99_us,omitzero"`
 	ForegroundP999 Figure         `json:"foreground_p999_us,omitzero"`
 	Methods        []MethodResult `json:"methods,omitempty"`
-	Leaves         []LeafResult   `json:"leaves,omitempty"`
-	Stages         []StageResult  `json:"stages,omitempty"` // if it was profiled
+	// Further is what only the stack of the cell tells.
+	Further map[string]Figure `json:"further,omitempty"`
+	Leaves  []LeafResult      `json:"leaves,omitempty"`
+	Stages  []StageResult     `json:"stages,omitempty"` // if it was profiled
 	// Percentiles is the curve of the latencies of all runs together.
 	Percentiles []Percentile `json:"percentiles,omitempty"`
 }
@@ -322,7 +324,7 @@ func (x *Runner) result(c *Cell, list []*sampled) CellResult {
 	for i := range list[0].queues {
 		r.Queues = append(r.Queues, middle(column(list, func(s *sampled) float64 { return shareOf(s.queues, i) })))
 	}
-	r.Leaves, r.Stages = leaves(list), stages(list)
+	r.Leaves, r.Stages, r.Further = leaves(list), stages(list), further(list)
 	r.Percentiles = curve(all)
 	return r
 }
@@ -345,6 +347,24 @@ func shareOf(counts []uint64, i int) float64 {
 		sum += n
 	}
 	return float64(counts[i]) / float64(max(sum, 1))
+}
+
+// further are figures of what only some stacks tell, and all runs of a cell.
+func further(list []*sampled) map[string]Figure {
+	var figures map[string]Figure
+	for name := range list[0].further {
+		var values []float64
+		for _, s := range list {
+			if v, ok := s.further[name]; ok {
+				values = append(values, v)
+			}
+		}
+		if figures == nil {
+			figures = map[string]Figure{}
+		}
+		figures[name] = figure(values)
+	}
+	return figures
 }
 
 // leaves are what the leaf devices counted, for each write.

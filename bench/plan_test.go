@@ -97,6 +97,8 @@ func TestPlanErrors(t *testing.T) {
 		{"foreground without time", "[[cell]]\nstack = 'copies'\nforeground = 'read'\n", "plan.toml:1: foreground: it needs a time"},
 		{"small beside foreground", "[[cell]]\nstack = 'copies'\nforeground = 'read'\ntime = '1s'\nblock = 512\n", "plan.toml:1: block: "},
 		{"no room beside foreground", "[[cell]]\nstack = 'copies'\nforeground = 'read'\ntime = '1s'\nsize = '8k'\njobs = 2\n", "plan.toml:1: range: "},
+		{"aftermath of memory", "[[cell]]\nstack = 'aftermath'\n", "plan.toml:1: device: "},
+		{"aftermath past the page cache", "[[cell]]\nstack = 'aftermath'\ndevice = 'file'\ndir = '/'\ndirect = true\n", "plan.toml:1: device: "},
 		{"too many", "[defaults]\njobs = [" + strings.Repeat("1, ", 200) + "1]\ndepth = [" + strings.Repeat("1, ", 200) + "1]\n[[cell]]\n",
 			"plan.toml:4: the lists multiply out to more than 10000"},
 	}

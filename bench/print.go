@@ -4,6 +4,7 @@ import (
 	"encoding/csv"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -20,6 +21,14 @@ func (o *Outcome) WriteTable(w io.Writer) error {
 			short(r.CPU.Median), percent(r.Busiest.Median), short(r.Copied.Median), 100*r.Ops.Spread())
 	}
 	o.writeStages(t)
+	for _, name := range o.furtherNames() {
+		fmt.Fprintf(t, "\n%s\tmedian\tmin\tmax\n", name)
+		for _, r := range o.Cells {
+			if f, ok := r.Further[name]; ok {
+				fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", r.Label, short(f.Median), short(f.Min), short(f.Max))
+			}
+		}
+	}
 	if len(o.Compared) > 0 {
 		fmt.Fprintln(t, "\nratio\tof\tmedian\tmin\tmax\tpairs")
 		for _, c := range o.Compared {
@@ -50,6 +59,17 @@ func (o *Outcome) writeStages(w io.Writer) {
 		}
 		fmt.Fprintln(w, "\t"+short(all))
 	}
+}
+
+// furtherNames are the names of all further figures, in order.
+func (o *Outcome) furtherNames() []string {
+	names := map[string]bool{}
+	for i := range o.Cells {
+		for name := range o.Cells[i].Further {
+			names[name] = true
+		}
+	}
+	return slices.Sorted(maps.Keys(names))
 }
 
 // short is a number with three digits or so; a dash for none.
