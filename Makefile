@@ -27,11 +27,12 @@ FUZZTIME   ?= 30s
 CRASHTIME  ?= 2h
 IMAGE      ?=
 PEERSFLAGS ?=
+STUDY      ?=
 
 TOOLS      := bin/tools
 BENCHMARKED = $(shell grep -rl --include='*_test.go' '^func Benchmark' . | xargs -r dirname | sort -u)
 
-.PHONY: build demo test interop check fmt vet staticcheck checklocks archtest cross tools bench bench-peers stress kill fuzz crash clean help
+.PHONY: build demo test interop check fmt vet staticcheck checklocks archtest cross tools bench bench-peers study stress kill fuzz crash clean help
 
 ## build: bin/cowherd (what plain `make` does)
 build:
@@ -99,6 +100,10 @@ bench: build
 ## bench-peers: one table of ratios to other NBD servers, other copy programs and the kernel's targets (PEERSFLAGS=-h)
 bench-peers:
 	bench/peers/run.sh all $(PEERSFLAGS)
+
+## study: the plans of docs/study on this machine, half an hour, best with nothing else on it (STUDY='NAME...', STUDY_FLAGS)
+study:
+	docs/study/run.sh $(STUDY)
 
 ## stress: the tests COUNT times under the race detector (PKG=./kcopyd/... for one part)
 stress:

@@ -27,7 +27,7 @@ const (
 // charts are all pictures of the outcome.
 func (o *Outcome) charts() []chart {
 	var list []chart
-	for _, axis := range []string{"jobs", "block", "depth"} {
+	for _, axis := range []string{"jobs", "chunk", "block", "depth"} {
 		list = append(list, o.over(axis)...)
 	}
 	if len(list) == 0 {
@@ -88,11 +88,11 @@ func nameOf(f field, c *Cell) string {
 	return f.key + " " + f.value(c).String()
 }
 
-// subject is what of a cell's label is not a condition: the name of its series.
-func subject(c *Cell, all []*Cell) string {
+// subject is what of a cell's label is neither a condition nor the axis: the name of its series.
+func subject(c *Cell, all []*Cell, axis string) string {
 	parts := []string{c.Name}
 	for _, f := range fields {
-		if slices.Contains(conditions, f.key) || slices.Contains(unlabelled, f.key) || f.used != nil && !f.used(c) || !differ(all, f) {
+		if f.key == axis || slices.Contains(conditions, f.key) || slices.Contains(unlabelled, f.key) || f.used != nil && !f.used(c) || !differ(all, f) {
 			continue
 		}
 		parts = append(parts, nameOf(f, c))
@@ -115,8 +115,9 @@ func (o *Outcome) named(name string) []*Cell {
 func (o *Outcome) over(axis string) []chart {
 	f, _ := fieldOf(axis)
 	var list []chart
+	number := 0
 	for _, facet := range o.facets(axis) {
-		var rates, latencies []plot.Series
+		var rates, latencies, foregrounds []plot.Series
 		var ticks []plot.Tick
 		for _, r := range facet.results {
 			if f.used != nil && !f.used(&r.Cell) || !differ(o.named(r.Cell.Name), f) {
@@ -126,42 +127,61 @@ func (o *Outcome) over(axis string) []chart {
 			if !slices.ContainsFunc(ticks, func(t plot.Tick) bool { return t.At == x }) {
 				ticks = append(ticks, plot.Tick{At: x, Text: f.value(&r.Cell).String()})
 			}
-			name := subject(&r.Cell, o.named(r.Cell.Name))
-			rate := r.Ops
-			if axis == "block" {
-				rate = r.Bytes // operations of different sizes say little
-			}
-			rates = addPoint(rates, name, x, rate)
+			name := subject(&r.Cell, o.named(r.Cell.Name), axis)
+			rates = addPoint(rates, name, x, rateOver(axis, r))
 			latencies = addPoint(latencies, name, x, r.Mean)
+			if hasForeground(&r.Cell) {
+				foregrounds = addPoint(foregrounds, name, x, r.ForegroundP99)
+			}
 		}
-		if len(ticks) < 2 || len(list) >= chartsMax {
+		if len(ticks) < 2 || number >= chartsMax/2 {
 			continue
 		}
 		unit := "operations a second"
-		if axis == "block" {
+		switch axis {
+		case "block":
 			unit = "bytes a second"
+		case "chunk":
+			unit = "bytes copied a second"
 		}
 		for _, c := range []struct {
 			file, y string
 			series  []plot.Series
-		}{{"throughput", unit, rates}, {"latency", "mean latency, µs", latencies}} {
+		}{{"throughput", unit, rates}, {"latency", "mean latency, µs", latencies}, {"foreground", "p99 of the foreground, µs", foregrounds}} {
+			if len(c.series) == 0 {
+				continue
+			}
 			lines := &plot.Lines{
 				Title: strings.TrimSuffix(fmt.Sprintf("%s over %s: %s", upper(c.file), axis, facet.title), ": "), X: axis, Y: c.y, LogX: true, LogY: true,
 				XTicks: ticks, Series: c.series,
 			}
-			list = append(list, chart{fmt.Sprintf("%s-%s-%d", c.file, axis, len(list)/2), "Throughput and latency over " + axis, false, lines.SVG})
+			list = append(list, chart{fmt.Sprintf("%s-%s-%d", c.file, axis, number), "Throughput and latency over " + axis, false, lines.SVG})
 		}
+		number++
 	}
 	return list
 }
 
+// rateOver is the rate that is drawn over an axis of sizes: operations of different sizes say little.
+func rateOver(axis string, r *CellResult) Figure {
+	switch axis {
+	case "block":
+		return r.Bytes
+	case "chunk":
+		return Figure{r.Bytes.Median * r.Copied.Median, r.Bytes.Min * r.Copied.Median, r.Bytes.Max * r.Copied.Median}
+	}
+	return r.Ops
+}
+
 func upper(s string) string { return strings.ToUpper(s[:1]) + s[1:] }
 
-// axisValue is where a cell lies on an axis of jobs, blocks or depths.
+// axisValue is where a cell lies on an axis of jobs, chunks, blocks or depths.
 func axisValue(c *Cell, axis string) float64 {
 	switch axis {
 	case "jobs":
 		return float64(c.Jobs)
+	case "chunk":
+		return float64(c.Chunk)
 	case "block":
 		return float64(c.Block)
 	}
@@ -189,7 +209,7 @@ func (o *Outcome) latencies() []chart {
 		}
 		most := 10.0
 		for _, r := range facet.results {
-			s := plot.Series{Name: subject(&r.Cell, o.named(r.Cell.Name))}
+			s := plot.Series{Name: subject(&r.Cell, o.named(r.Cell.Name), "")}
 			for _, p := range r.Percentiles {
 				if left := 100 - p.Percent; left > 0 {
 					s.Points = append(s.Points, plot.Point{X: 100 / left, Y: p.US})

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -112,6 +113,33 @@ func TestPlanErrors(t *testing.T) {
 				t.Errorf("%T", err)
 			}
 		})
+	}
+}
+
+// TestStudyPlans parses the plans of the study, which are too long to be run by a test: all of their cells are sound.
+func TestStudyPlans(t *testing.T) {
+	files, err := filepath.Glob("../docs/study/plans/*.toml")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("%d plans, %v", len(files), err)
+	}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := ParsePlan(filepath.Base(file), text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cells, err := p.Cells()
+		if err != nil || p.Title == "" {
+			t.Errorf("%s: title %q, %v", file, p.Title, err)
+		}
+		for _, g := range groupsOf(cells) {
+			if c := g[0]; len(g) < 2 && (c.Compare != "" || c.Against != "") {
+				t.Errorf("%s: %s is compared with nothing", file, c.Label())
+			}
+		}
 	}
 }
 

@@ -144,7 +144,8 @@ func comparedBy(c, o *Cell) bool {
 
 // isAgainst tells whether c is to be compared with o, which has the name that c asks for, in the same conditions.
 func isAgainst(c, o *Cell) bool {
-	return c.Against != "" && c.Against == o.Name && c != o && sameIn(c, o, conditions)
+	return c.Against != "" && c.Against == o.Name && c != o && sameIn(c, o, conditions) &&
+		(!hasController(c) || !hasController(o) || sameIn(c, o, []string{"copy-latency", "copy-bandwidth"}))
 }
 
 func sameIn(c, o *Cell, keys []string) bool {
