@@ -9,7 +9,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"slices"
-	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -33,14 +32,14 @@ const (
 // which the copy is not charged for: extents are many, flushes long, and the first write to each block makes a copy of its
 // own. Cells that read and write are what it is compared with.
 type aftermath struct {
-	cell      *Cell
-	rand      *rand.Rand
-	to        *file.Device
-	source    *os.File // by names of their own, to write past the page cache
-	copied    *os.File
-	page      []byte   // of readPiece bytes, aligned as O_DIRECT wants it
-	remaining []uint32 // blocks that have been written in neither file since, in random order
-	found     map[string]float64
+	cell   *Cell
+	rand   *rand.Rand
+	to     *file.Device
+	source *os.File // by names of their own, to write past the page cache
+	copied *os.File
+	page   []byte   // of readPiece bytes, aligned as O_DIRECT wants it
+	packed *packing // nil: each piece has been copied to where it was
+	found  map[string]float64
 }
 
 // runAftermath copies a whole file in pieces, each of Block bytes, which is what the cell's latencies and rates are of, and
@@ -110,7 +109,8 @@ func (x *aftermath) copy(ctx context.Context, from block.Device) (_ *sampled, er
 	defer func() { err = errors.Join(err, s.close()) }()
 	copies := &copies{engine: s.newEngine(&c), from: from, to: x.to, offload: offloadOf(&c), class: kcopyd.Hydration}
 	if c.Packed {
-		copies.packed = new(atomic.Int64)
+		x.packed = &packing{from: make([]int64, c.Size/c.Block)}
+		copies.packed = x.packed
 	}
 	jobs := (&load{cell: &c, rand: x.rand}).jobs(nil, copies, false)
 	stop := context.AfterFunc(ctx, func() {
@@ -132,12 +132,7 @@ func (x *aftermath) copy(ctx context.Context, from block.Device) (_ *sampled, er
 
 // after goes through the steps that follow the copies, space bytes having been in use before.
 func (x *aftermath) after(ctx context.Context, space float64) error {
-	blocks := int(x.cell.Size / overwriteBlock)
-	x.remaining = make([]uint32, blocks)
-	for i := range x.remaining {
-		x.remaining[i] = uint32(i)
-	}
-	x.rand.Shuffle(blocks, func(i, j int) { x.remaining[i], x.remaining[j] = x.remaining[j], x.remaining[i] })
+	ofCopy, ofSource := x.blocks()
 	steps := []func() error{
 		func() error { return x.timed("copied_flush_ms", x.copied.Sync) },
 		func() error { return x.timed("source_flush_ms", x.source.Sync) },
@@ -145,8 +140,8 @@ func (x *aftermath) after(ctx context.Context, space float64) error {
 		func() error { return x.count("copied_extents", x.copied) },
 		func() error { return x.grown("copies_space_bytes", space) },
 		func() error { return x.read(ctx, "copied_read_bytes_per_second", x.to.Path()) },
-		func() error { return x.overwrite(ctx, "copied", x.copied, blocks/2) },
-		func() error { return x.overwrite(ctx, "source", x.source, blocks) },
+		func() error { return x.overwrite(ctx, "copied", x.copied, ofCopy) },
+		func() error { return x.overwrite(ctx, "source", x.source, ofSource) },
 		func() error { return x.count("copied_extents_after", x.copied) },
 		func() error { return x.count("source_extents_after", x.source) },
 		func() error { return x.grown("space_after_bytes", space) },
@@ -236,18 +231,33 @@ func (x *aftermath) read(ctx context.Context, name, path string) (err error) {
 	return nil
 }
 
-// overwrite writes at most so many blocks of a file at random past the page cache, one after the other, until the time is
-// over, and flushes. They are blocks that have been written in neither file, so that each is still shared if it was cloned.
-func (x *aftermath) overwrite(ctx context.Context, name string, f *os.File, most int) error {
+// blocks are the offsets of blocks to overwrite: half of those of the copy, at random, and of the source those that the other
+// half was copied from. So each is shared when it is written, if it was cloned.
+func (x *aftermath) blocks() (ofCopy, ofSource []int64) {
+	all := make([]int64, x.cell.Size/overwriteBlock)
+	for i := range all {
+		all[i] = int64(i) * overwriteBlock
+	}
+	x.rand.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	ofCopy, ofSource = all[:len(all)/2], all[len(all)/2:]
+	if x.packed != nil {
+		for i, at := range ofSource {
+			ofSource[i] = x.packed.from[at/x.cell.Block] + at%x.cell.Block
+		}
+	}
+	return ofCopy, ofSource
+}
+
+// overwrite writes blocks of a file past the page cache, one after the other, until the time is over, and flushes.
+func (x *aftermath) overwrite(ctx context.Context, name string, f *os.File, list []int64) error {
 	for i := range overwriteBlock {
 		x.page[i] = byte(i>>9) | 2
 	}
 	limit := cmp.Or(x.cell.Time, aftermathTime)
 	var took []float64 // us
-	list := x.remaining[:min(most, len(x.remaining))]
 	began := time.Now()
 	for now := began; len(list) > 0 && now.Sub(began) < limit && ctx.Err() == nil; list = list[1:] {
-		if _, err := f.WriteAt(x.page[:overwriteBlock], int64(list[0])*overwriteBlock); err != nil {
+		if _, err := f.WriteAt(x.page[:overwriteBlock], list[0]); err != nil {
 			return err
 		}
 		then := now
@@ -255,7 +265,6 @@ func (x *aftermath) overwrite(ctx context.Context, name string, f *os.File, most
 		took = append(took, float64(now.Sub(then))/us)
 	}
 	elapsed := time.Since(began)
-	x.remaining = x.remaining[len(took):]
 	if len(took) > 0 {
 		slices.Sort(took)
 		x.found[name+"_overwrites_per_second"] = float64(len(took)) / elapsed.Seconds()

@@ -311,10 +311,12 @@ func (c *Cell) check() error {
 		return fmt.Errorf("range: %d has more than %d blocks", c.Range, blocksMax)
 	case c.Stack == stackAftermath && (c.Device != deviceFile || c.Direct):
 		return fmt.Errorf("device: stack = %q is about files, by the page cache", c.Stack)
+	case c.Stack == stackAftermath && c.Block < overwriteBlock:
+		return fmt.Errorf("block: %d is less than %d", c.Block, overwriteBlock)
 	case c.Stack == stackAftermath && c.Size/c.Block < int64(c.Jobs):
 		return fmt.Errorf("size: %d is not some block for each of %d jobs", c.Size, c.Jobs)
-	case c.Stack == stackAftermath && c.Size > blocksMax*512:
-		return fmt.Errorf("size: %d is more than %d", c.Size, int64(blocksMax*512))
+	case c.Stack == stackAftermath && c.Size > blocksMax*overwriteBlock:
+		return fmt.Errorf("size: %d is more than %d", c.Size, int64(blocksMax*overwriteBlock))
 	case c.Device == deviceFile && c.Dir == "":
 		return fmt.Errorf("dir: device = %q needs a directory", c.Device)
 	case c.Device == deviceNBD && c.URI == "":

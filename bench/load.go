@@ -17,7 +17,20 @@ type copies struct {
 	from, to block.Device
 	offload  kcopyd.Offload
 	class    kcopyd.Class
-	packed   *atomic.Int64 // where the next copy goes to; nil: to where it comes from
+	packed   *packing // nil: each copy goes to where it comes from
+}
+
+// packing lays copies one behind the other.
+type packing struct {
+	next atomic.Int64 // bytes
+	from []int64      // offset of the source, by the number of the copy
+}
+
+// place gives the next copy its place, which is for length bytes from offset from of the source.
+func (p *packing) place(from, length int64) int64 {
+	to := p.next.Add(length) - length
+	p.from[to/length] = from
+	return to
 }
 
 // submit starts the copy of o.
@@ -30,7 +43,7 @@ func (c *copies) submit(o *op) {
 	k.From = kcopyd.Region{Device: c.from, Offset: o.r.Offset}
 	o.to[0] = kcopyd.Region{Device: c.to, Offset: o.r.Offset}
 	if c.packed != nil {
-		o.to[0].Offset = c.packed.Add(o.r.Length) - o.r.Length
+		o.to[0].Offset = c.packed.place(o.r.Offset, o.r.Length)
 	}
 	k.Length, k.Queue, k.Class, k.Offload = o.r.Length, o.r.Queue, c.class, c.offload
 	c.engine.Submit(k)
