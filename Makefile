@@ -101,7 +101,7 @@ bench: build
 bench-peers:
 	bench/peers/run.sh all $(PEERSFLAGS)
 
-## study: the plans of docs/study on this machine, half an hour, best with nothing else on it (STUDY='NAME...', STUDY_FLAGS)
+## study: the plans of docs/study on this machine, some 20 minutes, best with nothing else on it (STUDY='NAME...', STUDY_FLAGS)
 study:
 	docs/study/run.sh $(STUDY)
 
