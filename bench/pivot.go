@@ -60,7 +60,7 @@ func (o *Outcome) Select(only *regexp.Regexp, where map[string][]string) error {
 // A Pivot says how results are set out in a table.
 type Pivot struct {
 	Rows, Columns []string // keys of plans
-	Quantity      string   // one of Quantities
+	Quantity      string   // one of Quantities, or of what only some stacks tell
 	// Per and PerValue: each figure is divided by that of the cell that differs in nothing but that its key Per has PerValue.
 	// Without such a cell there is no figure.
 	Per, PerValue string
@@ -100,15 +100,9 @@ func (o *Outcome) Pivot(p Pivot) (*Grid, error) {
 			return nil, err
 		}
 	}
-	q := slices.IndexFunc(quantities, func(q struct {
-		name  string
-		value func(s *sampled) float64
-		set   func(r *CellResult) *Figure
-	}) bool {
-		return q.name == p.Quantity
-	})
-	if q < 0 {
-		return nil, fmt.Errorf("%q is none of the quantities %s", p.Quantity, strings.Join(Quantities(), ", "))
+	of, err := o.quantity(p.Quantity)
+	if err != nil {
+		return nil, err
 	}
 	g := &Grid{Title: p.Quantity, Head: slices.Clone(p.Rows)}
 	if p.Per != "" {
@@ -118,7 +112,7 @@ func (o *Outcome) Pivot(p Pivot) (*Grid, error) {
 	var rows, columns []string
 	for i := range o.Cells {
 		r := &o.Cells[i]
-		f, ok := o.figureOf(r, p, quantities[q].set)
+		f, ok := o.figureOf(r, p, of)
 		if !ok {
 			continue
 		}
@@ -144,6 +138,25 @@ func (o *Outcome) Pivot(p Pivot) (*Grid, error) {
 	return g, nil
 }
 
+// quantity is what gives the figure of a name: one of Quantities, or one that only some stacks tell. nil: the cell has none.
+func (o *Outcome) quantity(name string) (func(*CellResult) *Figure, error) {
+	for _, q := range quantities {
+		if q.name == name {
+			return q.set, nil
+		}
+	}
+	further := o.furtherNames()
+	if slices.Contains(further, name) {
+		return func(r *CellResult) *Figure {
+			if f, ok := r.Further[name]; ok {
+				return &f
+			}
+			return nil
+		}, nil
+	}
+	return nil, fmt.Errorf("%q is none of the quantities %s", name, strings.Join(append(Quantities(), further...), ", "))
+}
+
 // keysOf are the values of keys, joined by a character that none has.
 func keysOf(c *Cell, keys []string) string {
 	var values []string
@@ -155,7 +168,11 @@ func keysOf(c *Cell, keys []string) string {
 
 // figureOf is the figure of a result, or its ratio to that of its base.
 func (o *Outcome) figureOf(r *CellResult, p Pivot, of func(*CellResult) *Figure) (Figure, bool) {
-	f := *of(r)
+	x := of(r)
+	if x == nil {
+		return Figure{}, false
+	}
+	f := *x
 	if p.Per == "" {
 		return f, true
 	}
@@ -167,7 +184,11 @@ func (o *Outcome) figureOf(r *CellResult, p Pivot, of func(*CellResult) *Figure)
 		if base.Cell.get(p.Per) != p.PerValue || !differOnlyIn(&r.Cell, &base.Cell, p.Per) {
 			continue
 		}
-		v := f.Median / of(base).Median
+		to := of(base)
+		if to == nil {
+			continue
+		}
+		v := f.Median / to.Median
 		return Figure{v, v, v}, !math.IsNaN(v) && !math.IsInf(v, 0)
 	}
 	return f, false

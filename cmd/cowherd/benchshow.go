@@ -18,7 +18,7 @@ type benchShowCmd struct {
 	Where    []string `sep:"none" placeholder:"KEY=VALUE,..." help:"Only the cells that have one of the values."`
 	Rows     []string `placeholder:"KEY,..." help:"Set the figures out in a table, with a row for each value of the keys."`
 	Columns  []string `placeholder:"KEY,..." help:"The same for columns."`
-	Quantity string   `default:"iops" placeholder:"NAME" help:"Which figures: iops, bytes/s, mean latency, p50 latency, p99 latency, p99.9 latency, max latency, CPU/op, CPU/byte, busiest queue, copied bytes (${default})."`
+	Quantity string   `default:"iops" placeholder:"NAME" help:"Which figures: iops, bytes/s, mean latency, p50 latency, p99 latency, p99.9 latency, max latency, CPU/op, CPU/byte, busiest queue, copied bytes, foreground p50 and the like, or what only some stacks tell (${default})."`
 	Per      string   `placeholder:"KEY=VALUE" help:"Divide each figure by that of the cell that differs only in that it has the value."`
 	Markdown bool     `help:"Print the table as Markdown has it."`
 }

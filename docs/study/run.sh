@@ -63,6 +63,9 @@ fresh() {
 	image=
 }
 
+# wants NAME: whether it is to be run.
+wants() { [ ${#wanted[@]} -eq 0 ] || [[ " ${wanted[*]} " == *" $1 "* ]]; }
+
 # run PLAN [KIND] [--plots GLOB...]: one plan of plans/, on a file system of that kind; plots whose names match are kept.
 run() {
 	local plan=$1 kind='' name=$1 args=() began=$SECONDS
@@ -71,9 +74,7 @@ run() {
 		kind=$1 name=$plan-$1
 		shift
 	fi
-	if [ ${#wanted[@]} -gt 0 ] && [[ " ${wanted[*]} " != *" $name "* ]]; then
-		return
-	fi
+	wants "$name" || return 0
 	if [ -n "$kind" ]; then
 		if [ "$(id -u)" != 0 ]; then
 			echo "study: $name is skipped: only root may mount file systems" >&2
@@ -83,6 +84,7 @@ run() {
 		fresh "$kind"
 		args=(--dir "$work/$kind")
 	fi
+	[ "$plan" != stages ] || args=(--profile "$work/profiles")
 	rm -rf "${work:?}/$name"
 	bin/cowherd bench run "docs/study/plans/$plan.toml" --brief --report "$work/$name" "${args[@]}" "${flags[@]}" >"$work/$name.json" &
 	child=$! # waited for, so that a signal is not kept waiting by it
@@ -108,7 +110,16 @@ keep() {
 
 [ -n "${STUDY_INSIDE-}" ] || make --no-print-directory build
 
+# The model of the engines, fitted to this machine.
+if wants model; then
+	bin/cowherd bench model --repetitions 9 --json >"$work/model.json"
+	gzip -9nc "$work/model.json" >"$data/model.json.gz"
+fi
+
 # The plans.
+run engines --plots 'queue*' 'share*'
+run clones
+run stages
 run offload-chunks --plots 'throughput-chunk-*' 'latency-chunk-*'
 run offload-hydration --plots 'throughput-block-*' 'foreground-block-*'
 run offload-yield --plots 'throughput-block-*' 'foreground-block-*'
