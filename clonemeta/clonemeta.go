@@ -208,7 +208,7 @@ func (m *Metadata) Commit() error {
 // again.
 func (m *Metadata) Abort() error {
 	if m.closed {
-		return errClosed
+		return errClosed()
 	}
 	err := m.abort()
 	m.broken = err
@@ -235,12 +235,12 @@ func (m *Metadata) abort() error {
 	return m.load(m.params)
 }
 
-var errClosed = fmt.Errorf("the clone's metadata is closed: %w", syscall.EINVAL)
+func errClosed() error { return fmt.Errorf("the clone's metadata is closed: %w", syscall.EINVAL) }
 
 // usable tells whether more than Abort and Close can be done.
 func (m *Metadata) usable() error {
 	if m.closed {
-		return errClosed
+		return errClosed()
 	}
 	if m.broken != nil {
 		return fmt.Errorf("the clone's metadata has failed before: %w", m.broken)

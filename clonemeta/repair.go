@@ -1,6 +1,7 @@
 package clonemeta
 
 import (
+	"errors"
 	"fmt"
 	"iter"
 	"math/bits"
@@ -104,7 +105,7 @@ func Repair(to, from block.Device, s *Survey, c RepairConfig) error {
 	return m.Close()
 }
 
-var errStopped = fmt.Errorf("stopped")
+var errStopped = errors.New("stopped")
 
 // yieldLost gives words that are lost, in the pieces of array blocks.
 func yieldLost(first, count uint64, p Params, choice Choice, yield func([]uint64, error) bool) error {

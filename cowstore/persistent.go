@@ -261,7 +261,7 @@ func (p *Persistent) Warn(percents []int, warned func(percent int)) {
 // Resize lets the store use size bytes of its device, which is that large already. EINVAL: it uses as much or more.
 func (p *Persistent) Resize(size int64) error {
 	if p.readOnly {
-		return errReadOnly
+		return errReadOnly()
 	}
 	if NewLayout(size, p.chunkSize).Chunks < p.now().Chunks || size > p.device.Size() {
 		return fmt.Errorf("resize to %d bytes: the store has %d chunks of %d, and the device %d bytes: %w", size,
@@ -272,7 +272,9 @@ func (p *Persistent) Resize(size int64) error {
 }
 
 // errReadOnly is what commits fail with.
-var errReadOnly = fmt.Errorf("the exception store is open for reading only: %w", syscall.EROFS)
+func errReadOnly() error {
+	return fmt.Errorf("the exception store is open for reading only: %w", syscall.EROFS)
+}
 
 // invalidation makes the header say that the store is invalid, once.
 type invalidation struct {
@@ -313,7 +315,7 @@ func (p *Persistent) StartInvalidate(done func(error)) {
 	case state == invalidated:
 		done(err)
 	case state == untouched && p.readOnly:
-		p.endInvalidate(errReadOnly)
+		p.endInvalidate(errReadOnly())
 	case state == untouched:
 		h.page = make([]byte, max(block.SectorSize, p.device.Limits().LogicalBlock))
 		Header{ChunkSize: p.chunkSize}.put(h.page)

@@ -124,7 +124,7 @@ func (p *Persistent) readSegment(image []byte, area uint64, base int) error {
 // opened the next time.
 func (p *Persistent) Erase(n int) error {
 	if p.readOnly {
-		return errReadOnly
+		return errReadOnly()
 	}
 	t := &p.table
 	for n > 0 {

@@ -22,7 +22,16 @@ var _ [0]struct{} = [SubJobSize - 1<<(classShift+classCount-1)]struct{}{}
 
 // zeroes is what zeroing writes to devices that cannot write zeroes by themselves. Nobody writes to it. It is made at its
 // first use: few commands of the program have one.
-var zeroes = sync.OnceValue(func() []byte { return alignedMemory(SubJobSize) })
+func zeroes() []byte {
+	zeroMemory.once.Do(func() { zeroMemory.bytes = alignedMemory(SubJobSize) })
+	return zeroMemory.bytes
+}
+
+// zeroMemory is what zeroes returns. A sync.OnceValue would be made at the start of every command.
+var zeroMemory struct {
+	once  sync.Once
+	bytes []byte
+}
 
 // A buffer has one owner: the sub-job that uses it, or the shard in whose list it is free.
 type buffer struct {

@@ -383,7 +383,7 @@ func (x *cloned) release() error {
 }
 
 // errNoClone is what operations on clones get for other devices.
-var errNoClone = api.Errorf(syscall.EINVAL, "it is not a clone")
+func errNoClone() error { return api.Errorf(syscall.EINVAL, "it is not a clone") }
 
 // Hydrate changes how a clone is hydrated.
 func (d *Daemon) Hydrate(ctx context.Context, name string, r api.HydrationRequest) (api.Device, error) {
@@ -416,7 +416,7 @@ func (d *Daemon) DetachSource(ctx context.Context, name string) (api.Device, err
 func (d *Daemon) detachSource(ctx context.Context, o *origin) error {
 	x := o.cloned
 	if x == nil {
-		return errNoClone
+		return errNoClone()
 	}
 	if x.detached.Load() {
 		return nil
@@ -460,7 +460,7 @@ func notHydrated(st *clone.Status) error {
 func (d *Daemon) hydrate(o *origin, r *api.HydrationRequest) error {
 	x := o.cloned
 	if x == nil {
-		return errNoClone
+		return errNoClone()
 	}
 	err := d.saved.change(func(c *content) {
 		saved := c.device(o.name)

@@ -145,7 +145,12 @@ var (
 )
 
 // errClosed is what a request gets after Close.
-var errClosed = fmt.Errorf("the NBD device is closed: %w", syscall.ESHUTDOWN)
+var errClosed error = closedError{}
+
+type closedError struct{}
+
+func (closedError) Error() string { return "the NBD device is closed: " + syscall.ESHUTDOWN.Error() }
+func (closedError) Unwrap() error { return syscall.ESHUTDOWN }
 
 // Open connects to a server and chooses the export. It fails with EINVAL for a bad configuration, ENOENT when there is
 // no such export, EACCES when the server wants TLS and is not given it, the network's error, or one about a server

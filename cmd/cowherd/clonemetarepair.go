@@ -30,14 +30,18 @@ Examples:
 }
 
 // choices are the values of --lost.
-var choices = map[string]clonemeta.Choice{
-	"refuse": clonemeta.LostRefuse, "hydrated": clonemeta.LostHydrated, "unhydrated": clonemeta.LostUnhydrated,
+func choices() map[string]clonemeta.Choice {
+	return map[string]clonemeta.Choice{
+		"refuse": clonemeta.LostRefuse, "hydrated": clonemeta.LostHydrated, "unhydrated": clonemeta.LostUnhydrated,
+	}
 }
 
 // lostWarnings say what a choice costs.
-var lostWarnings = map[string]string{
-	"hydrated":   "where one was never copied, it now shows what happened to be on the destination",
-	"unhydrated": "where one had been written, it will be copied from the source over what was written",
+func lostWarnings() map[string]string {
+	return map[string]string{
+		"hydrated":   "where one was never copied, it now shows what happened to be on the destination",
+		"unhydrated": "where one had been written, it will be copied from the source over what was written",
+	}
 }
 
 // metadataRepair is what was or would be done, as JSON.
@@ -62,7 +66,7 @@ func (c *cloneMetadataRepairCmd) Run(s *session) error {
 	if err != nil {
 		return err
 	}
-	config := clonemeta.RepairConfig{Lost: choices[c.Lost]}
+	config := clonemeta.RepairConfig{Lost: choices()[c.Lost]}
 	survey, err := clonemeta.PlanRepair(d, config)
 	lost, refused := errors.AsType[*clonemeta.LostError](err)
 	if refused {
@@ -77,7 +81,7 @@ func (c *cloneMetadataRepairCmd) Run(s *session) error {
 	report := metadataRepair{File: c.File, Out: c.Out, DryRun: c.DryRun, Violations: survey.Violations, Remarks: survey.Remarks,
 		Regions: survey.Superblock.Regions(), Hydrated: survey.Hydrated, Lost: survey.Lost, LostAs: c.Lost}
 	if survey.Lost > 0 {
-		report.Warning = lostWarnings[c.Lost]
+		report.Warning = lostWarnings()[c.Lost]
 	}
 	return c.print(s, &report)
 }

@@ -61,10 +61,12 @@ const (
 )
 
 // nameWords are the shell commands that print names, for values tagged so.
-var nameWords = map[string]string{
-	"device":   "cowherd ls --quiet 2>/dev/null | grep -v @",
-	"snapshot": "cowherd ls --quiet 2>/dev/null | grep @",
-	"any":      "cowherd ls --quiet 2>/dev/null",
+func nameWords() map[string]string {
+	return map[string]string{
+		"device":   "cowherd ls --quiet 2>/dev/null | grep -v @",
+		"snapshot": "cowherd ls --quiet 2>/dev/null | grep @",
+		"any":      "cowherd ls --quiet 2>/dev/null",
+	}
 }
 
 // completions finds out what the grammar takes: first what is known without a command, then each command, and behind it
@@ -221,7 +223,7 @@ func (sh *caseShell) offer(source string) string {
 	if words, ok := strings.CutPrefix(source, "="); ok {
 		return fmt.Sprintf(sh.words, words)
 	}
-	if command, ok := nameWords[source]; ok {
+	if command, ok := nameWords()[source]; ok {
 		return fmt.Sprintf(sh.command, command)
 	}
 	if source == fileWords {
@@ -235,7 +237,7 @@ func fishArguments(source string) string {
 	if words, ok := strings.CutPrefix(source, "="); ok {
 		return " -x -a " + fishQuote(words)
 	}
-	if command, ok := nameWords[source]; ok {
+	if command, ok := nameWords()[source]; ok {
 		return " -x -a " + fishQuote("("+command+")")
 	}
 	if source == fileWords {

@@ -168,10 +168,10 @@ func (r *dmRun) name(arg string) (string, error) {
 			return d.Name, nil
 		}
 	}
-	return "", errNoDevice
+	return "", errNoDevice()
 }
 
-var errNoDevice = fmt.Errorf("device does not exist: %w", syscall.ENXIO)
+func errNoDevice() error { return fmt.Errorf("device does not exist: %w", syscall.ENXIO) }
 
 // each runs f for each device that the arguments or the flags name, and goes on behind an error.
 func (r *dmRun) each(args []string, f func(name string) error) error {
@@ -234,7 +234,7 @@ func (r *dmRun) devices(args []string) (found []api.DMDevice, all bool, err erro
 				return nil
 			}
 		}
-		return fmt.Errorf("%s: %w", name, errNoDevice)
+		return fmt.Errorf("%s: %w", name, errNoDevice())
 	})
 	return found, false, err
 }

@@ -87,11 +87,12 @@ func unescape(text string) string {
 	return b.String()
 }
 
-var escaper = strings.NewReplacer(`\`, `\\`, `,`, `\,`, `;`, `\;`)
+func newEscaper() *strings.Replacer { return strings.NewReplacer(`\`, `\\`, `,`, `\,`, `;`, `\;`) }
 
 // printConcise prints devices in the concise format.
 func (r *dmRun) printConcise(devices []api.DMDevice) error {
 	var all []string
+	escaper := newEscaper()
 	for i := range devices {
 		d := &devices[i]
 		flags := "rw"

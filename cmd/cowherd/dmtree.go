@@ -18,10 +18,12 @@ type treeSymbols struct {
 	only, first       string // on the line of the device above, if that is drawn compactly
 }
 
-var treeSets = map[string]treeSymbols{
-	"ascii": {"|-", "`-", "| ", "---", "-+-"},
-	"utf":   {"├─", "└─", "│ ", "───", "─┬─"},
-	"vt100": {vt100("tq"), vt100("mq"), vt100("x") + " ", vt100("qqq"), vt100("qwq")},
+func treeSets() map[string]treeSymbols {
+	return map[string]treeSymbols{
+		"ascii": {"|-", "`-", "| ", "---", "-+-"},
+		"utf":   {"├─", "└─", "│ ", "───", "─┬─"},
+		"vt100": {vt100("tq"), vt100("mq"), vt100("x") + " ", vt100("qqq"), vt100("qwq")},
+	}
 }
 
 // vt100 is text in a terminal's set of line-drawing characters.
@@ -29,16 +31,17 @@ func vt100(text string) string { return "\x1b(0\x0f" + text + "\x1b(B" }
 
 // treeSet is how options, or else the locale, want a tree to be drawn.
 func treeSet(options map[string]bool) treeSymbols {
-	for name, symbols := range treeSets {
+	sets := treeSets()
+	for name, symbols := range sets {
 		if options[name] {
 			return symbols
 		}
 	}
 	locale := strings.ToLower(cmp.Or(os.Getenv("LC_ALL"), os.Getenv("LC_CTYPE"), os.Getenv("LANG")))
 	if strings.HasSuffix(locale, ".utf-8") || strings.HasSuffix(locale, ".utf8") {
-		return treeSets["utf"]
+		return sets["utf"]
 	}
-	return treeSets["ascii"]
+	return sets["ascii"]
 }
 
 // dmTree draws what lies on what.

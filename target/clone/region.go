@@ -2,6 +2,7 @@ package clone
 
 import (
 	"math/bits"
+	"sync"
 	"sync/atomic"
 
 	"cowherd/block"
@@ -45,13 +46,20 @@ type page struct {
 
 // fullPage stands for every page whose regions are all hydrated and committed. It is never written to: nothing of it
 // can be claimed.
-var fullPage = func() *page {
-	p := new(page)
-	for i := range p.words {
-		p.words[i].hydrated.Store(^uint64(0))
-	}
-	return p
-}()
+func fullPage() *page {
+	full.once.Do(func() {
+		for i := range full.page.words {
+			full.page.words[i].hydrated.Store(^uint64(0))
+		}
+	})
+	return &full.page
+}
+
+// full is what fullPage returns. It is filled at its first use, not at the start of every command.
+var full struct {
+	once sync.Once
+	page page
+}
 
 func newTable(regions Region) *table {
 	return &table{
@@ -332,7 +340,7 @@ func (t *table) count() Region {
 func (t *table) shrink(index int) {
 	at := &t.pages[index]
 	p := at.Load()
-	if p == nil || p == fullPage || p.listed.Load() {
+	if p == nil || p == fullPage() || p.listed.Load() {
 		return
 	}
 	for i := range p.words {
@@ -341,7 +349,7 @@ func (t *table) shrink(index int) {
 		}
 	}
 	if !p.listed.Load() {
-		at.Store(fullPage)
+		at.Store(fullPage())
 	}
 }
 
@@ -349,7 +357,7 @@ func (t *table) shrink(index int) {
 func (t *table) bytes() int64 {
 	n := int64(len(t.pages)) * 8
 	for i := range t.pages {
-		if p := t.pages[i].Load(); p != nil && p != fullPage {
+		if p := t.pages[i].Load(); p != nil && p != fullPage() {
 			n += pageRegions*2/8 + 128
 		}
 	}

@@ -117,7 +117,7 @@ func TestTableLoadsNoMore(t *testing.T) {
 		t.Errorf("%d regions, want 70", x.count())
 	}
 	x.shrink(0)
-	if x.pages[0].Load() != fullPage {
+	if x.pages[0].Load() != fullPage() {
 		t.Error("a full page was kept")
 	}
 	if settled, end := x.run(0, 70, isSettled); !settled || end != 70 {
@@ -135,14 +135,14 @@ func TestShrink(t *testing.T) {
 	x.shrink(0)
 	x.settle(0, pageRegions, 0)
 	x.shrink(0)
-	if x.pages[0].Load() == fullPage {
+	if x.pages[0].Load() == fullPage() {
 		t.Fatal("the page was dropped with changes")
 	}
 	for _, p := range x.takeChanged() {
 		x.takeWords(p, func(_, _ uint64) bool { return true })
 	}
 	x.shrink(0)
-	if x.pages[0].Load() != fullPage || x.bytes() > 1000 {
+	if x.pages[0].Load() != fullPage() || x.bytes() > 1000 {
 		t.Errorf("the page was kept: %d bytes", x.bytes())
 	}
 	if n, _ := x.claim(pageRegions-1, 2*pageRegions); n != 0 {
