@@ -67,8 +67,8 @@ type session struct {
 	stdin          io.Reader
 	stdout, stderr io.Writer
 	cli            *cli
-	model          *kong.Application
-	exit           func(status int) // ends the process without more ado
+	model          *kong.Application // nil: the line was plain
+	exit           func(status int)  // ends the process without more ado
 }
 
 // usageError is a mistake on the command line that the grammar does not catch.
@@ -100,32 +100,15 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 			status = int(code)
 		}
 	}()
-	grammar := &cli{}
-	options := []kong.Option{
-		kong.Name("cowherd"),
-		kong.Description("Snapshots and clones of block devices and disk images that are in use."),
-		kong.Writers(stdout, stderr),
-		kong.Exit(func(code int) { panic(exited(code)) }),
-		kong.ConfigureHelp(kong.HelpOptions{Compact: true, WrapUpperBound: 120}),
+	c := &cli{}
+	s := &session{Context: ctx, stdin: stdin, stdout: stdout, stderr: stderr, cli: c, exit: os.Exit}
+	command, plain := c.parsePlain(args)
+	if !plain {
+		if command, status = s.parse(args); command == nil {
+			return status
+		}
 	}
-	root, one := grammar.grammarFor(args)
-	parser, err := kong.New(root, append(options, one...)...)
-	if err != nil {
-		fmt.Fprintf(stderr, "cowherd: %v\n", err)
-		return exitError
-	}
-	if len(args) > 0 && args[0] == "help" { // as other programs have it
-		args = append(slices.Clone(args[1:]), "--help")
-	}
-	command, err := parser.Parse(args)
-	if err != nil {
-		fmt.Fprintf(stderr, "cowherd: %v\nTry \"%s --help\".\n", err, helpFor(err))
-		return exitUsage
-	}
-	s := &session{
-		Context: ctx, stdin: stdin, stdout: stdout, stderr: stderr, cli: grammar, model: parser.Model, exit: os.Exit,
-	}
-	err = command.Run(s)
+	err := command.Run(s)
 	if err != nil {
 		fmt.Fprintf(stderr, "cowherd: %v\n", err)
 	}
@@ -136,6 +119,40 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 		return exitError
 	}
 	return exitOK
+}
+
+// kongs is a command that kong has parsed.
+type kongs struct{ *kong.Context }
+
+// Run runs the command.
+func (k kongs) Run(s *session) error { return k.Context.Run(s) }
+
+// parse has kong read a command line. Without a command the process ends with a status.
+func (s *session) parse(args []string) (command runner, status int) {
+	s.cli = &cli{} // what has been tried before has left its marks
+	options := []kong.Option{
+		kong.Name("cowherd"),
+		kong.Description("Snapshots and clones of block devices and disk images that are in use."),
+		kong.Writers(s.stdout, s.stderr),
+		kong.Exit(func(code int) { panic(exited(code)) }),
+		kong.ConfigureHelp(kong.HelpOptions{Compact: true, WrapUpperBound: 120}),
+	}
+	root, one := s.cli.grammarFor(args)
+	parser, err := kong.New(root, append(options, one...)...)
+	if err != nil {
+		fmt.Fprintf(s.stderr, "cowherd: %v\n", err)
+		return nil, exitError
+	}
+	s.model = parser.Model
+	if len(args) > 0 && args[0] == "help" { // as other programs have it
+		args = append(slices.Clone(args[1:]), "--help")
+	}
+	parsed, err := parser.Parse(args)
+	if err != nil {
+		fmt.Fprintf(s.stderr, "cowherd: %v\nTry \"%s --help\".\n", err, helpFor(err))
+		return nil, exitUsage
+	}
+	return kongs{parsed}, exitOK
 }
 
 // grammarFor is what a command line is parsed by: all of c, or, where the line begins with the name of a command, no more

@@ -698,21 +698,6 @@ func TestOneCommand(t *testing.T) {
 	}
 }
 
-// BenchmarkParse: how long a command line takes to be understood.
-func BenchmarkParse(b *testing.B) {
-	b.ReportAllocs()
-	for b.Loop() {
-		root, options := new(cli).grammarFor([]string{"copy"})
-		parser, err := kong.New(root, options...)
-		if err != nil {
-			b.Fatal(err)
-		}
-		if _, err := parser.Parse([]string{"copy", "--quiet", "a", "b"}); err != nil {
-			b.Fatal(err)
-		}
-	}
-}
-
 // TestDocs: every command has a page that names all its flags, and the index leads to it.
 func TestDocs(t *testing.T) {
 	const docs = "../../docs"
