@@ -16,6 +16,8 @@ import (
 	"unicode"
 
 	"github.com/alecthomas/kong"
+
+	_ "cowherd/internal/stack"
 )
 
 // version is set when the program is linked.
@@ -77,17 +79,7 @@ type usageError struct{ error }
 func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
 
 func main() {
-	growStack()
 	os.Exit(run(context.Background(), os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
-}
-
-// growStack makes the goroutine's stack as large as building a grammar needs it. Grown step by step it would be copied
-// with all its frames several times, which takes 0.08 ms.
-//
-//go:noinline
-func growStack() byte {
-	var room [14 << 10]byte
-	return room[len(os.Args)%len(room)]
 }
 
 // exited is what a parser that wants to exit panics with.

@@ -37,7 +37,9 @@ var layers = [][]string{
 	{"backend/*", "internal/fault"},
 	{"block"},
 	{"metrics"},
-	{"internal/fixture", "internal/guest", "internal/invariant", "internal/percpu", "internal/size", "internal/sparse"},
+	{
+		"internal/fixture", "internal/guest", "internal/invariant", "internal/percpu", "internal/size", "internal/sparse", "internal/stack",
+	},
 }
 
 // apart are tools of the repository: they import no layer and no layer imports them.
