@@ -21,6 +21,7 @@ type calls struct {
 	truncate    func(fd int, size int64) error
 
 	// For copies to another descriptor.
+	fsType    func(fd int) (int64, error)
 	clone     func(to, from int, source, destination, length int64) error
 	copyRange func(to, from int, source, destination, length int64) (int64, error)
 	nvme      func(fd int, request uint, c *nvmeCommand) (status int, err error)
@@ -43,6 +44,7 @@ func kernelCalls() calls {
 		seek:        unix.Seek,
 		size:        size,
 		truncate:    unix.Ftruncate,
+		fsType:      fsType,
 		clone:       cloneRange,
 		copyRange:   copyRange,
 		nvme:        nvme,
@@ -110,6 +112,13 @@ func size(fd int) (int64, error) {
 	var st unix.Stat_t
 	err := unix.Fstat(fd, &st)
 	return st.Size, err
+}
+
+// fsType is the type of the file system that a file is on.
+func fsType(fd int) (int64, error) {
+	var st unix.Statfs_t
+	err := retry(func() error { return unix.Fstatfs(fd, &st) })
+	return int64(st.Type), err
 }
 
 // cloneRange lets a range of the file to share the blocks of a range of the file from.

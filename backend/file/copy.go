@@ -168,11 +168,15 @@ func (d *Device) overlaps(s *Device, from, to, length int64) bool {
 	return d.id == s.id && from < to+length && to < from+length
 }
 
-// mayClone tells whether both files are on file systems of one kind that shares blocks. ZFS is not among them: there the
-// call was known to miss dirty data (openzfs/zfs#15842).
+// mayClone tells whether both files are on file systems of one kind that shares blocks.
 func (d *Device) mayClone(s *Device) bool {
-	shares := d.fsType == unix.XFS_SUPER_MAGIC || d.fsType == unix.BTRFS_SUPER_MAGIC
-	return shares && s.fsType == d.fsType && s.fsBlock == d.fsBlock && bits.OnesCount64(uint64(d.fsBlock)) == 1
+	return mayShare(d.fsType) && s.fsType == d.fsType && s.fsBlock == d.fsBlock && bits.OnesCount64(uint64(d.fsBlock)) == 1
+}
+
+// mayShare tells whether files share blocks on a type of file systems. ZFS is not among them: there the call was known to
+// miss dirty data (openzfs/zfs#15842).
+func mayShare(fsType int64) bool {
+	return fsType == unix.XFS_SUPER_MAGIC || fsType == unix.BTRFS_SUPER_MAGIC
 }
 
 // clones tells whether the kernel clones from s to d. It is asked for a range that lies behind the end of every file:

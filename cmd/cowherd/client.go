@@ -47,13 +47,22 @@ func (s *session) client() (*api.Client, error) {
 // socket. To look for it takes a few microseconds; to be told by the client that nobody answers, a hundred.
 func (s *session) clientIfThere() *api.Client {
 	socket, err := s.control()
-	if err != nil {
-		return nil
-	}
-	if _, err := os.Stat(socket); errors.Is(err, os.ErrNotExist) {
+	if err != nil || !isSocketThere(socket) {
 		return nil
 	}
 	return api.NewClient(socket)
+}
+
+// daemonThere tells whether clientIfThere gives a client.
+func (s *session) daemonThere() bool {
+	socket, err := s.control()
+	return err == nil && isSocketThere(socket)
+}
+
+// isSocketThere tells whether there may be a control socket.
+func isSocketThere(path string) bool {
+	_, err := os.Stat(path)
+	return !errors.Is(err, os.ErrNotExist)
 }
 
 // absolute makes a path good for the daemon, which runs in another directory.

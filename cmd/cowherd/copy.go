@@ -65,9 +65,15 @@ func (c *copyCmd) Run(s *session) (err error) {
 	if err != nil {
 		return err
 	}
+	start := time.Now()
+	if report, done, err := c.cloneNew(s, o); err != nil {
+		return fmt.Errorf("copy %s to %s: %w; %s was removed", c.Source, c.Destination, err, c.Destination)
+	} else if done {
+		report.Seconds = time.Since(start).Seconds()
+		return c.print(s, report)
+	}
 	ctx, armed, stop := s.interruptible()
 	defer stop()
-	start := time.Now()
 	p, err := c.openPair(ctx, s, armed)
 	if err != nil {
 		return err
@@ -87,8 +93,10 @@ func (c *copyCmd) Run(s *session) (err error) {
 }
 
 // copyMethods are the values of --method.
-var copyMethods = map[string]transfer.Method{
-	"auto": transfer.Auto, "clone": transfer.Clone, "offload": transfer.Offload, "readwrite": transfer.ReadWrite,
+func copyMethods() map[string]transfer.Method {
+	return map[string]transfer.Method{
+		"auto": transfer.Auto, "clone": transfer.Clone, "offload": transfer.Offload, "readwrite": transfer.ReadWrite,
+	}
 }
 
 // connectionsMax is the most connections to one server.
@@ -110,7 +118,7 @@ func (c *copyCmd) options() (o transfer.Options, err error) {
 			return o, usagef("%s: %w", x.flag, err)
 		}
 	}
-	o.Method = copyMethods[c.Method]
+	o.Method = copyMethods()[c.Method]
 	switch {
 	case c.Queues < 0 || c.Requests < 0 || c.Connections < 0 || c.Connections > connectionsMax:
 		return o, usagef("--queues, --requests and --connections are not negative, --connections at most %d", connectionsMax)

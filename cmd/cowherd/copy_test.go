@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -18,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"cowherd/backend/file"
 	"cowherd/transfer"
 )
 
@@ -617,6 +619,7 @@ func TestCopyClone(t *testing.T) {
 	cowherd(t, "copy", a, b, "--method", "clone", "--verify").want(t, exitOK, "9 MiB cloned, 9 MiB verified", "")
 	holds(t, b, content)
 	cowherd(t, "copy", a, b, "--force").want(t, exitOK, "9 MiB cloned", "")
+	testCloneNew(t, mnt, a, content)
 	cowherd(t, "copy", a, b, "--force", "--method", "readwrite").want(t, exitOK, "read and written", "")
 	cowherd(t, "copy", a, b, "--force", "--allocated").want(t, exitOK, "read and written", "")
 	holds(t, b, content)
@@ -625,4 +628,40 @@ func TestCopyClone(t *testing.T) {
 	only(t, ".")
 	cowherd(t, "copy", a, "c").want(t, exitOK, "read and written", "")
 	holds(t, "c", content)
+}
+
+// testCloneNew tests copies of image a, of 9 MiB and something, to new images in mnt: nothing has to be known but the two.
+func testCloneNew(t *testing.T, mnt, a string, content []byte) {
+	t.Helper()
+	n, m := filepath.Join(mnt, "n"), filepath.Join(mnt, "m")
+	s := &session{Context: t.Context(), stderr: io.Discard, cli: &cli{}}
+	if r, done, err := (&copyCmd{Source: a, Destination: n}).cloneNew(s, transfer.Options{Flush: true}); err != nil || !done ||
+		r.Clone != int64(len(content)) || r.Size != r.Clone || !r.Flushed || r.Changed {
+		t.Errorf("%+v, %v, %v", r, done, err)
+	}
+	holds(t, n, content)
+	cowherd(t, "copy", a, n).want(t, exitError, "", "n holds data: --force overwrites it")
+	if err := os.WriteFile(m+journalSuffix, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cowherd(t, "copy", a, m).want(t, exitError, "", "tells of a copy to "+m+" that was not finished")
+	if err := errors.Join(os.Remove(n), os.Remove(m+journalSuffix)); err != nil {
+		t.Error(err)
+	}
+	r := cowherd(t, "copy", a, n, "--json", "--progress", "json", "--no-flush")
+	if !strings.Contains(r.stdout, fmt.Sprintf(`"clone_bytes": %d`, len(content))) || strings.Count(r.stderr, `"method":"clone"`) != 2 {
+		t.Errorf("%+v", r)
+	}
+	holds(t, n, content)
+	busy, err := file.Open(a, file.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	cowherd(t, "copy", a, m).want(t, exitError, "", "--shared reads it all the same")
+	cowherd(t, "copy", a, m, "--shared", "--quiet").want(t, exitOK, "", "")
+	holds(t, m, content)
+	if err := errors.Join(busy.Close(), os.Remove(n), os.Remove(m)); err != nil {
+		t.Error(err)
+	}
+	only(t, mnt, "a", "b")
 }

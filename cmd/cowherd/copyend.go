@@ -144,25 +144,13 @@ func (c *copyCmd) openSource(ctx context.Context, e *copyEnd) error {
 	return nil
 }
 
-// checkWriters refuses a file that qemu has open for writing. qemu takes locks for reading only, on a byte for each
-// permission: that at 100 + 1 stands for writing (block/file-posix.c of qemu, raw_apply_lock_bytes). Our own lock on the
-// whole file would not meet them.
+// checkWriters refuses a file that qemu has open for writing.
 func checkWriters(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
+	writes, err := file.QemuWrites(path)
+	if err == nil && writes {
+		err = fmt.Errorf("open %s: another program writes to it; --shared reads it all the same: %w", path, syscall.EBUSY)
 	}
-	defer f.Close()
-	const permissionToWrite = 100 + 1
-	l := unix.Flock_t{Type: unix.F_WRLCK, Start: permissionToWrite, Len: 1}
-	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &l); err != nil {
-		return nil // a file system without such locks
-	}
-	whole := l.Start == 0 // a reader or writer as cowherd is one, which the lock meets
-	if l.Type == unix.F_UNLCK || whole {
-		return nil
-	}
-	return fmt.Errorf("open %s: another program writes to it; --shared reads it all the same: %w", path, syscall.EBUSY)
+	return err
 }
 
 // connectionsDefaultMax bounds the connections that nobody has asked for. More than there are CPUs made servers slower.
