@@ -53,13 +53,18 @@ func cloneFile(sys calls, from, to string, o CloneOptions) (c Cloned, err error)
 	}
 	defer unix.Close(source) // it is read only
 	dir := filepath.Dir(to)
-	mode := before.Mode & 0o666
-	fd, err := openRetrying(dir, unix.O_RDWR|unix.O_TMPFILE, mode)
+	if err := sharesBlocks(sys, source); err != nil || before.Size == 0 { // before anything is made elsewhere
+		return c, notCloned(err)
+	}
+	fd, err := openRetrying(dir, unix.O_RDWR|unix.O_TMPFILE, before.Mode&0o666)
 	if err != nil {
 		return c, notCloned(err)
 	}
 	c.Size = before.Size
-	if err = cloneAll(sys, fd, source, c.Size, o); err == nil {
+	if err = cloneAll(sys, fd, source, c.Size, o); err == nil { // locked until it is durable, as a Device would be
+		err = unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_WRLCK})
+	}
+	if err == nil {
 		// Not AT_EMPTY_PATH, which asks for a capability before Linux 6.10.
 		name := "/proc/self/fd/" + strconv.Itoa(fd)
 		err = unix.Linkat(unix.AT_FDCWD, name, unix.AT_FDCWD, to, unix.AT_SYMLINK_FOLLOW)
@@ -147,12 +152,19 @@ func qemuWrites(fd int) (bool, error) {
 	return l.Type != unix.F_UNLCK && !whole, nil
 }
 
+// sharesBlocks is an error unless a file is on a file system on which files are cloned.
+func sharesBlocks(sys calls, fd int) error {
+	t, err := sys.fsType(fd)
+	if err == nil && !mayShare(t) {
+		err = unix.ENOTSUP
+	}
+	return err
+}
+
 // cloneAll makes the empty file fd a clone of all size bytes of the file source.
 func cloneAll(sys calls, fd, source int, size int64, o CloneOptions) error {
-	for _, f := range []int{fd, source} {
-		if t, err := sys.fsType(f); err != nil || !mayShare(t) {
-			return errors.Join(err, unix.ENOTSUP)
-		}
+	if err := sharesBlocks(sys, fd); err != nil {
+		return err
 	}
 	longest := o.CloneMax
 	if longest <= 0 {
