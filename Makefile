@@ -34,9 +34,12 @@ BENCHMARKED = $(shell grep -rl --include='*_test.go' '^func Benchmark' . | xargs
 
 .PHONY: build demo test interop check fmt vet staticcheck checklocks archtest cross tools bench bench-peers study stress kill fuzz crash clean help
 
+# Installed, that is copied, as it is where people use it: as the linker leaves it in the page cache, the program starts up to
+# 0.7 ms later, a quarter of the whole.
 ## build: bin/cowherd (what plain `make` does)
 build:
-	@go build -trimpath $(if $(VERSION),-ldflags '-X main.version=$(VERSION)') -o bin/cowherd ./cmd/cowherd
+	@go build -trimpath $(if $(VERSION),-ldflags '-X main.version=$(VERSION)') -o bin/linked/cowherd ./cmd/cowherd
+	@cmp -s bin/linked/cowherd bin/cowherd || install bin/linked/cowherd bin/cowherd
 
 ## demo: freeze an image that is being written, prove it, show what it costs (IMAGE=file: with a copy of that image)
 demo: build
