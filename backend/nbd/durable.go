@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"errors"
 	"fmt"
 	"syscall"
 
@@ -20,8 +21,13 @@ import (
 // different servers, the loss of the older being noticed late. They are born again. Therefore a flush goes over the
 // oldest connection there is, and what a lost connection acknowledges is no longer listened to: it is done again.
 
+// Relays have connections of their own, which bear no witness. What they acknowledge is counted, too, unless one of the
+// device's connections has been made anew since the relay's was: it may be with another server than the relay's. As both
+// happens under Device.mu, that connection is born with what was acknowledged before, and knows nothing of it.
+
 // acked is the count of all connections. What was acknowledged before the call is counted.
 func (d *Device) acked() (sum uint64) {
+	sum = d.relayed.Load()
 	for _, c := range d.conns {
 		sum += c.acked.Load()
 	}
@@ -45,6 +51,23 @@ func (c *conn) accountLocked(s *slot) error {
 		return d.cover(c, s.acked)
 	case r.Op.Writes() && r.Flags&block.FUA == 0:
 		c.acked.Store(c.acked.Load() + 1)
+	}
+	return nil
+}
+
+// accountRelay takes note of a write that the server has acknowledged to a relay, which was made after so many
+// reconnections. It returns why the write does not count.
+func (d *Device) accountRelay(reconnects uint64) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if doubt := d.doubt.Load(); doubt != nil {
+		return *doubt
+	}
+	if d.reconnects.Load() != reconnects {
+		return errors.New("a connection to the NBD server was lost meanwhile")
+	}
+	if d.export.has(flagFlush) {
+		d.relayed.Add(1)
 	}
 	return nil
 }

@@ -51,6 +51,7 @@ func (e *export) has(flag uint16) bool { return e.flags&flag != 0 }
 type handshake struct {
 	stream    net.Conn
 	config    *Config
+	simple    bool // structured replies are not wanted, nor what depends on them
 	noZeroes  bool
 	blockSize []byte // the payload of infoBlockSize, if it came
 	export    export
@@ -99,7 +100,10 @@ func (e *optionError) Unwrap() error {
 const writeBuffer = 1 << 20
 
 // dial connects and negotiates. The stream that it returns is a TLS one if the configuration says so.
-func dial(ctx context.Context, c *Config) (net.Conn, export, error) {
+func dial(ctx context.Context, c *Config) (net.Conn, export, error) { return dialAs(ctx, c, false) }
+
+// dialAs is dial. simple: structured replies, and what depends on them, are not asked for.
+func dialAs(ctx context.Context, c *Config, simple bool) (net.Conn, export, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
 	var d net.Dialer
@@ -112,7 +116,7 @@ func dial(ctx context.Context, c *Config) (net.Conn, export, error) {
 		// what it allows; that it gives less is no error.
 		_ = u.SetWriteBuffer(writeBuffer)
 	}
-	h := handshake{stream: stream, config: c}
+	h := handshake{stream: stream, config: c, simple: simple}
 	if err := h.runUntil(ctx); err != nil {
 		return nil, export{}, errors.Join(err, h.stream.Close())
 	}
@@ -189,6 +193,9 @@ func (h *handshake) haggle(ctx context.Context) error {
 		if err := h.startTLS(ctx); err != nil {
 			return err
 		}
+	}
+	if h.simple {
+		return h.goTransmit()
 	}
 	err := h.option(optStructuredReply, nil, nil)
 	if refused(err) {

@@ -130,6 +130,7 @@ type Device struct {
 	stop     context.CancelFunc
 
 	reconnects atomic.Uint64
+	relayed    atomic.Uint64         // acknowledgements to relays; changes under mu
 	covered    atomic.Uint64         // acknowledgements that a flush has covered
 	doubt      atomic.Pointer[error] // why nothing is written any more; nil: it is
 	announced  atomic.Bool           // Config.OnEvent has been told of the doubt
