@@ -8,23 +8,22 @@ import "context"
 type Relayer interface {
 	// OpenRelay makes a relay from source to this device, both of which stay open for as long as it does. length is the
 	// most that it is to move at a time, in bytes. ENOTSUP: there is none for this pair. It blocks for as long as it takes
-	// to connect, or until ctx ends; the relay is broken when ctx ends later.
+	// to connect, or until ctx ends; the relay breaks when ctx ends later.
 	OpenRelay(ctx context.Context, source Device, length int64) (Relay, error)
 }
 
-// A Relay moves ranges from one device to the same place on another, one at a time: Begin, then Pass or Take. It is used
-// by one goroutine at a time. After an error it is broken, and only Close may be called: nothing is known of the range
-// then, which is to be copied in another way, and all that were passed before are as they were.
-//
-// What was passed is durable after the destination's next flush, like any write.
+// RelayMin is the shortest range that is relayed, in bytes, and how many bytes of a range are looked at.
+const RelayMin = 4096
+
+// A Relay moves ranges from one device to the same place on another. It is used by several goroutines at a time.
 type Relay interface {
-	// Begin asks for length bytes at offset, at least 1, and waits for them. It returns how they begin, some bytes, which
-	// belong to the relay.
-	Begin(offset, length int64) (head []byte, err error)
-	// Pass writes the range to the destination. It returns when that has acknowledged it.
-	Pass() error
-	// Take fills p, as long as the range, with it. The destination sees nothing of it.
-	Take(p []byte) error
-	// Close ends the relay, in whatever state. What a broken one had begun to write may take a while to be ended.
+	// Move moves length bytes at offset, at least RelayMin, and returns when the destination has acknowledged them: then
+	// they are durable after its next flush, like any write. take is called before that with the first RelayMin bytes,
+	// which are lent to it, by a goroutine that must not wait. If it returns memory, of length bytes, that is filled
+	// with the range instead, and the destination sees nothing of it. After an error the relay is broken, and every
+	// other Move fails, too: nothing is known of the range then, which is to be copied in another way, and nobody is at
+	// work on it any more, as far as that can be had.
+	Move(offset, length int64, take func(head []byte) []byte) error
+	// Close ends the relay, in whatever state. No Move is under way.
 	Close() error
 }

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
+	"sync"
 	"syscall"
 	"time"
 
@@ -14,8 +16,8 @@ import (
 )
 
 const (
-	// headSize is how many bytes of a range are looked at, in bytes.
-	headSize = 4096
+	// headSize is how many bytes of a range are looked at.
+	headSize = block.RelayMin
 	// pipeSize is the size of a relay's pipe that is asked for, in bytes. What the kernel gives does.
 	pipeSize = 256 << 10
 	// relayDialLimit is the time that a server has to let another connection in. One that is out of connections does not
@@ -29,38 +31,58 @@ const (
 // splice(2), which hands pages on where reading and writing would copy them twice. It has a connection of its own to
 // each server, so that what comes is known without being looked for:
 //
-//	Begin      READ to the source. It has agreed on no structured replies, so the answer is 16 bytes and the data,
-//	           the first bytes of which are received with the header
-//	Pass       WRITE and those first bytes to the destination, then the rest by splice; the acknowledgement is read
-//	Take       the rest is received, for who wants to have it in memory
+//	Move           READ to the source, and waits
+//	forwarder      the source has agreed on no structured replies, so an answer is 16 bytes and the data, the first bytes
+//	               of which are received with the header
+//	                 the caller wants it: the rest is received, the move is done
+//	                 else WRITE and those first bytes to the destination, the rest by splice
+//	acknowledger   reads the destination's answers; the move is done
 //
-// One range at a time: while a server works on one, others are on the way in other relays. That is simpler than to have
-// several in flight here, and was as fast.
+// Several ranges are in flight, so that each server works on some while others are on the way. One relay is faster than
+// several: two servers, the relay and its two sockets keep two CPUs busy, and what is on the way stays in their caches.
 //
 // It is an optimisation and nothing else. It knows no retries and does not come back: after any surprise it is broken,
-// and the range goes the ordinary way, which knows what to do. Nothing is done late (see the package comment): a write
-// that has been begun and not acknowledged is given up as a lost connection's is, the server hanging up first. A write
-// that was acknowledged is accounted for with the ordinary ones: accountRelay in durable.go.
+// and all that is in flight goes the ordinary way, which knows what to do. That is told when both goroutines have ended,
+// since they use the callers' memory, and when nothing is done late any more (see the package comment): writes that have
+// been begun and not acknowledged are given up as a lost connection's are, the server hanging up first. A write that was
+// acknowledged is accounted for with the ordinary ones: accountRelay in durable.go.
+//
+// relay.mu comes before Device.mu.
 type relay struct {
-	from, to relayEnd
 	device   *Device // the destination
 	made     uint64  // how many reconnections of device there were before to was made
+	from, to relayEnd
 	ctx      context.Context
 	stop     func() bool // of what breaks it when ctx ends
-	pipe     [2]int
-	timeout  time.Duration // of a range; 0: none
+	timeout  time.Duration // for what is in flight; 0: for ever
+	linger   time.Duration // the time that the destination has to hang up
+	running  sync.WaitGroup
 
-	cookie  uint64
-	offset  int64
-	left    int64                       // bytes of the range behind the head
-	head    [simpleSize + headSize]byte // the answer's header and how the data begins
-	headLen int                         // of the data
+	// The forwarder's.
+	pipe    [2]int
+	left    int64                       // bytes of the range that are still to come
+	moved   int64                       // by one call of splice
+	room    int64                       // for it
+	head    [simpleSize + headSize]byte // an answer's header, and how the data begins
 	request [requestSize + headSize]byte
-	written bool // a write has been begun, and not been acknowledged
-	broken  bool
-	closed  bool
-	moved   int64 // by one call of splice
-	room    int64 // for it
+
+	mu sync.Mutex
+	// cookie is that of the last move.
+	cookie uint64 // +checklocks:mu
+	// moves are those in flight.
+	moves map[uint64]*move // +checklocks:mu
+	// broken is why nothing is moved any more; nil: it is.
+	broken error // +checklocks:mu
+}
+
+// move is one range on its way. Its state changes under relay.mu.
+type move struct {
+	offset, length int64
+	take           func(head []byte) []byte
+	begun          bool // the destination has been sent some of it
+	sent           bool // the destination has been sent all of it
+	acknowledged   bool
+	done           chan error
 }
 
 // relayEnd is one connection of a relay.
@@ -81,13 +103,19 @@ func (d *Device) OpenRelay(ctx context.Context, source block.Device, length int6
 	if !ok || !s.relays(length) || !d.relays(length) || d.limits.ReadOnly {
 		return nil, fmt.Errorf("no relay for this pair: %w", syscall.ENOTSUP)
 	}
-	r := &relay{device: d, ctx: ctx, made: d.reconnects.Load(), timeout: s.config.RequestTimeout, pipe: [2]int{-1, -1}}
+	r := &relay{
+		device: d, ctx: ctx, made: d.reconnects.Load(), timeout: s.config.RequestTimeout, pipe: [2]int{-1, -1},
+		linger: lingerLimit, moves: map[uint64]*move{},
+	}
 	if t := d.config.RequestTimeout; t > 0 && (r.timeout == 0 || t < r.timeout) {
 		r.timeout = t
 	}
 	if err := r.open(ctx, s, d); err != nil {
-		return nil, errors.Join(fmt.Errorf("relay from %s to %s: %w", s.config.URI(), d.config.URI(), err), r.Close())
+		r.closeStreams()
+		return nil, fmt.Errorf("relay from %s to %s: %w", s.config.URI(), d.config.URI(), err)
 	}
+	r.stop = context.AfterFunc(ctx, func() { r.fail(context.Cause(ctx)) })
+	r.running.Go(r.run)
 	return r, nil
 }
 
@@ -109,7 +137,6 @@ func (r *relay) open(ctx context.Context, s, d *Device) (err error) {
 		return err
 	}
 	r.from.step, r.to.step = r.spliceIn, r.spliceOut
-	r.stop = context.AfterFunc(ctx, r.interrupt)
 	return nil
 }
 
@@ -131,111 +158,200 @@ func (e *relayEnd) dial(ctx context.Context, d *Device, simple bool) error {
 	return err
 }
 
-// interrupt ends all waiting, for good.
-func (r *relay) interrupt() {
-	past := time.Unix(1, 0)
-	_ = r.from.stream.SetDeadline(past) // it fails only if the stream is closed, and nobody waits then
-	_ = r.to.stream.SetDeadline(past)
+// errRelayClosed ends a relay in good order.
+var errRelayClosed = errors.New("it is closed")
+
+// run moves until the relay is broken, and ends it.
+func (r *relay) run() {
+	var both sync.WaitGroup
+	both.Go(func() { r.fail(r.forwardAll()) })
+	both.Go(func() { r.fail(r.acknowledgeAll()) })
+	both.Wait()
+	r.mu.Lock()
+	moves, broken, begun := r.moves, r.broken, false
+	r.moves = nil
+	r.mu.Unlock()
+	for _, m := range moves {
+		begun = begun || m.begun
+	}
+	switch {
+	case begun:
+		r.abandon()
+	case errors.Is(broken, errRelayClosed) && len(moves) == 0:
+		hangUp(r.from.stream)
+		hangUp(r.to.stream)
+	}
+	r.closeStreams()
+	for _, m := range moves {
+		m.done <- fmt.Errorf("relay: %w", broken)
+	}
 }
 
-// limit gives both servers the time of a range from now on.
-func (r *relay) limit() error {
+// fail breaks the relay, and ends all waiting for the servers.
+func (r *relay) fail(err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.broken == nil {
+		r.broken = err
+		r.setDeadlineLocked(time.Unix(1, 0))
+	}
+}
+
+// setDeadlineLocked sets a limit to all waiting for the servers. It fails only if a stream is closed, and nobody waits
+// then.
+//
+// +checklocks:r.mu
+func (r *relay) setDeadlineLocked(at time.Time) {
+	_ = r.from.stream.SetDeadline(at)
+	_ = r.to.stream.SetDeadline(at)
+}
+
+// Move moves a range. See block.Relay.
+func (r *relay) Move(offset, length int64, take func(head []byte) []byte) error {
+	if length < headSize {
+		return fmt.Errorf("relay: a range of %d bytes: %w", length, syscall.EINVAL)
+	}
+	m := &move{offset: offset, length: length, take: take, done: make(chan error, 1)}
+	r.mu.Lock()
+	if err := r.broken; err != nil {
+		r.mu.Unlock()
+		return fmt.Errorf("relay: %w", err)
+	}
+	r.cookie++
+	cookie := r.cookie
+	r.moves[cookie] = m
 	if r.timeout > 0 {
-		deadline := time.Now().Add(r.timeout)
-		if err := errors.Join(r.from.stream.SetDeadline(deadline), r.to.stream.SetDeadline(deadline)); err != nil {
+		r.setDeadlineLocked(time.Now().Add(r.timeout))
+	}
+	r.mu.Unlock()
+	var b [requestSize]byte
+	putRequest(&b, 0, cmdRead, cookie, uint64(offset), uint32(length))
+	if _, err := r.from.stream.Write(b[:]); err != nil {
+		r.fail(err)
+	}
+	return <-m.done
+}
+
+// idle tells whether err is only that the time is up that was set for moves that are done by now.
+func (r *relay) idle(err error) bool {
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		return false
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.broken != nil || len(r.moves) > 0 {
+		return false
+	}
+	r.setDeadlineLocked(time.Time{})
+	return true
+}
+
+// answer reads the header of an answer, and as much of what follows as fits in b and is there. It returns how much it
+// has read, and the move that is answered.
+func (r *relay) answer(e *relayEnd, b []byte) (n int, cookie uint64, m *move, err error) {
+	for {
+		n, err = io.ReadAtLeast(e.stream, b, simpleSize) // an error comes without data
+		if n > 0 || !r.idle(err) {
+			break
+		}
+	}
+	if err != nil {
+		return n, 0, nil, err
+	}
+	if magic := binary.BigEndian.Uint32(b); magic != magicSimple {
+		return n, 0, nil, violationf("a reply begins with %#x", magic)
+	}
+	reply := parseSimple(b)
+	r.mu.Lock()
+	m = r.moves[reply.cookie]
+	good := m != nil && m.begun == (e == &r.to) && !m.acknowledged
+	r.mu.Unlock()
+	switch {
+	case !good:
+		return n, 0, nil, violationf("a reply to cookie %#x, which is not in flight", reply.cookie)
+	case reply.code != 0:
+		return n, 0, nil, &remoteError{errnoOf(reply.code), ""}
+	}
+	return n, reply.cookie, m, nil
+}
+
+// forwardAll is the forwarder.
+func (r *relay) forwardAll() error {
+	for {
+		n, cookie, m, err := r.answer(&r.from, r.head[:])
+		if err != nil {
+			return err
+		}
+		if _, err := io.ReadFull(r.from.stream, r.head[n:]); err != nil {
+			return err
+		}
+		if p := m.take(r.head[simpleSize:]); p != nil {
+			copy(p, r.head[simpleSize:])
+			if _, err := io.ReadFull(r.from.stream, p[headSize:m.length]); err != nil {
+				return err
+			}
+			r.mu.Lock()
+			delete(r.moves, cookie)
+			r.mu.Unlock()
+			m.done <- nil
+			continue
+		}
+		if err := r.pass(cookie, m); err != nil {
 			return err
 		}
 	}
-	if r.ctx.Err() != nil { // perhaps the deadlines have undone what interrupt has done
-		return context.Cause(r.ctx)
-	}
-	return nil
 }
 
-// failed breaks the relay if err is an error.
-func (r *relay) failed(err error) error {
-	if err == nil {
-		return nil
-	}
-	r.broken = true
-	return fmt.Errorf("relay: %w", err)
-}
-
-// Begin asks for a range. See block.Relay.
-func (r *relay) Begin(offset, length int64) (head []byte, err error) {
-	return r.head[simpleSize : simpleSize+min(length, headSize)], r.failed(r.begin(offset, length))
-}
-
-func (r *relay) begin(offset, length int64) error {
-	if err := r.limit(); err != nil {
+// pass writes m, whose first bytes have come, to the destination.
+func (r *relay) pass(cookie uint64, m *move) error {
+	r.mu.Lock()
+	m.begun = true
+	r.mu.Unlock()
+	putRequest((*[requestSize]byte)(r.request[:]), 0, cmdWrite, cookie, uint64(m.offset), uint32(m.length))
+	copy(r.request[requestSize:], r.head[simpleSize:])
+	if _, err := r.to.stream.Write(r.request[:]); err != nil {
 		return err
 	}
-	r.cookie++
-	r.offset, r.headLen = offset, int(min(length, headSize))
-	r.left = length - int64(r.headLen)
-	header := (*[requestSize]byte)(r.request[:])
-	putRequest(header, 0, cmdRead, r.cookie, uint64(offset), uint32(length))
-	if _, err := r.from.stream.Write(header[:]); err != nil {
-		return err
-	}
-	want := r.head[:simpleSize+r.headLen]
-	n, err := io.ReadAtLeast(r.from.stream, want, simpleSize) // an error comes without data
-	if err != nil {
-		return err
-	}
-	if err := r.check(want); err != nil {
-		return err
-	}
-	_, err = io.ReadFull(r.from.stream, want[n:])
-	return err
-}
-
-// check looks at the header of an answer.
-func (r *relay) check(b []byte) error {
-	if magic := binary.BigEndian.Uint32(b); magic != magicSimple {
-		return violationf("a reply begins with %#x", magic)
-	}
-	reply := parseSimple(b)
-	switch {
-	case reply.cookie != r.cookie:
-		return violationf("a reply to cookie %#x, which is not in flight", reply.cookie)
-	case reply.code != 0:
-		return &remoteError{errnoOf(reply.code), ""}
-	}
-	return nil
-}
-
-// Take receives the range. See block.Relay.
-func (r *relay) Take(p []byte) error {
-	n := copy(p, r.head[simpleSize:simpleSize+r.headLen])
-	_, err := io.ReadFull(r.from.stream, p[n:])
-	r.left = 0
-	return r.failed(err)
-}
-
-// Pass writes the range. See block.Relay.
-func (r *relay) Pass() error { return r.failed(r.pass()) }
-
-func (r *relay) pass() error {
-	length := r.left + int64(r.headLen)
-	putRequest((*[requestSize]byte)(r.request[:]), 0, cmdWrite, r.cookie, uint64(r.offset), uint32(length))
-	copy(r.request[requestSize:], r.head[simpleSize:simpleSize+r.headLen])
-	r.written = true
-	if _, err := r.to.stream.Write(r.request[:requestSize+r.headLen]); err != nil {
-		return err
-	}
+	r.left = m.length - headSize
 	if err := r.forward(); err != nil {
 		return err
 	}
-	answer := r.head[:simpleSize]
-	if _, err := io.ReadFull(r.to.stream, answer); err != nil {
+	r.mu.Lock()
+	m.sent = true
+	r.mu.Unlock()
+	return r.settle(cookie, m)
+}
+
+// acknowledgeAll is the acknowledger.
+func (r *relay) acknowledgeAll() error {
+	var b [simpleSize]byte
+	for {
+		_, cookie, m, err := r.answer(&r.to, b[:])
+		if err != nil {
+			return err
+		}
+		r.mu.Lock()
+		m.acknowledged = true
+		r.mu.Unlock()
+		if err := r.settle(cookie, m); err != nil {
+			return err
+		}
+	}
+}
+
+// settle ends m if all of it has been sent and the destination has acknowledged it. It returns why that does not count.
+func (r *relay) settle(cookie uint64, m *move) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.moves[cookie] != m || !m.sent || !m.acknowledged {
+		return nil
+	}
+	if err := r.device.accountRelay(r.made); err != nil {
 		return err
 	}
-	if err := r.check(answer); err != nil {
-		return err
-	}
-	r.written = false
-	return r.device.accountRelay(r.made)
+	delete(r.moves, cookie)
+	m.done <- nil // it has room
+	return nil
 }
 
 // forward moves what is left of the range.
@@ -279,42 +395,36 @@ func (r *relay) spliceOut(fd uintptr) bool {
 	return !errors.Is(r.to.err, syscall.EAGAIN)
 }
 
-// Close ends the relay: in good order, unless it is broken. See block.Relay.
+// Close ends the relay. See block.Relay.
 func (r *relay) Close() error {
-	if r.closed {
-		return nil
-	}
-	r.closed = true
-	if r.stop != nil {
-		r.stop() // what it stops may be running
-	}
-	for _, e := range []*relayEnd{&r.from, &r.to} {
-		switch {
-		case e.stream == nil:
-		case !r.broken:
-			hangUp(e.stream)
-		case e == &r.to && r.written:
-			r.abandon()
-		default:
-			_ = e.stream.Close() // what it says about a stream that is given up matters to nobody
-		}
-	}
-	closePipe(r.pipe)
+	r.stop()
+	r.fail(errRelayClosed)
+	r.running.Wait()
 	return nil
 }
 
-// abandon gives up a write that was begun. The server finds that nothing more comes, and has time to hang up, so that it
-// does not do the write after a newer one to the same range.
-func (r *relay) abandon() {
-	stream, limit := r.to.stream, lingerLimit
-	if r.ctx.Err() != nil {
-		limit = abandonLimit
+// closeStreams closes whatever is open. What a stream says that is given up matters to nobody.
+func (r *relay) closeStreams() {
+	for _, e := range []*relayEnd{&r.from, &r.to} {
+		if e.stream != nil {
+			_ = e.stream.Close()
+		}
 	}
+	closePipe(r.pipe)
+}
+
+// abandon gives up writes that were begun. The server finds that nothing more comes, and has time to hang up, so that it
+// does not do them after newer ones to the same ranges.
+func (r *relay) abandon() {
+	stream, limit := r.to.stream, r.linger
+	if r.ctx.Err() != nil {
+		limit = min(limit, abandonLimit)
+	}
+	_ = r.from.stream.Close()
 	// What these say about a stream that is given up matters to nobody.
 	if half, ok := stream.(interface{ CloseWrite() error }); ok {
 		_ = half.CloseWrite()
 	}
 	_ = stream.SetReadDeadline(time.Now().Add(limit))
 	_, _ = io.Copy(io.Discard, stream)
-	_ = stream.Close()
 }
