@@ -127,28 +127,31 @@ func (e exported) Open(context.Context, string, string) (*exportnbd.Export, erro
 }
 
 // overNBD is d behind a server and two connections.
-func overNBD(t testing.TB, d block.Device) block.Device {
+func overNBD(t testing.TB, d block.Device) block.Device { return dialServer(t, "unix", d) }
+
+// dialServer is d behind a server on a socket of a network, and two connections.
+func dialServer(t testing.TB, network string, d block.Device) *nbd.Device {
 	t.Helper()
 	server, err := exportnbd.NewServer(exportnbd.Config{Exports: exported{d}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	socket := filepath.Join(t.TempDir(), "s")
-	l, err := net.Listen("unix", socket)
+	address := "127.0.0.1:0"
+	if network == "unix" {
+		address = filepath.Join(t.TempDir(), "s")
+	}
+	l, err := net.Listen(network, address)
 	if err != nil {
 		t.Fatal(err)
 	}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(l) }()
-	c, err := nbd.Open(t.Context(), nbd.Config{Network: "unix", Address: socket, Connections: 2})
+	c, err := nbd.Open(t.Context(), nbd.Config{Network: network, Address: l.Addr().String(), Connections: 2})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := c.Close(); err != nil {
-			t.Error(err)
-		}
-		if err := server.Shutdown(context.Background()); err != nil {
+		if err := errors.Join(c.Close(), server.Shutdown(context.Background())); err != nil {
 			t.Error(err)
 		}
 		if err := <-served; !errors.Is(err, exportnbd.ErrServerClosed) {
@@ -208,7 +211,7 @@ func runModel(t *testing.T, r *rand.Rand) {
 		Sparse:    []int64{0, 512, 4096, 65536}[r.IntN(4)],
 		Queues:    r.IntN(4), InFlight: r.IntN(4),
 		PieceSize: []int64{0, 4096, 64 << 10, 1 << 20}[r.IntN(4)],
-		Flush:     r.IntN(2) == 0, Verify: r.IntN(3) == 0,
+		Flush:     r.IntN(2) == 0, Verify: r.IntN(3) == 0, Relay: r.IntN(2) == 0,
 		Progress: func(_ How, n int64) { told.Add(n) },
 	}
 	t.Logf("%s to %s, %d bytes, old: %v, %+v", from, to, size, old != nil, o)
@@ -223,7 +226,7 @@ func runModel(t *testing.T, r *rand.Rand) {
 	if !bytes.Equal(after[size:], before[size:]) {
 		t.Error("what lies behind the source's end has changed")
 	}
-	sum, times := result.ReadWrite+result.Zeroes+result.Skipped, int64(1)
+	sum, times := result.Splice+result.ReadWrite+result.Zeroes+result.Skipped, int64(1)
 	if o.Verify {
 		times = 2
 	}

@@ -119,7 +119,7 @@ func (p *planner) planLocked(b *batch) error {
 	switch {
 	case !e.Zero:
 		if !coarse {
-			end = min(end, p.at+p.PieceSize-p.at%p.PieceSize)
+			end = min(end, p.at+p.cut-p.at%p.cut)
 		}
 		b.pieces = append(b.pieces, piece{offset: p.at, length: end - p.at, over: x.Zero && x.Offset+x.Length >= end})
 		b.data += end - p.at

@@ -103,6 +103,9 @@ type Options struct {
 	Rate int64
 	// Method is how data may be copied.
 	Method Method
+	// Relay allows Auto to have data go from one server to another without passing through this program's memory, where
+	// both can (block.Relayer). Zeroes are then looked for only in pieces, of up to 1 MiB, that begin with some.
+	Relay bool
 
 	// Flush makes the destination durable before Run returns.
 	Flush bool
@@ -122,6 +125,7 @@ const (
 	Zeroing     How = iota // nothing is read: it is zero already, or made so
 	Cloning                // by block.CopyClone
 	Offloading             // by a device or a server
+	Splicing               // by a block.Relay
 	ReadWriting            // read and written
 	Verifying              // compared
 )
@@ -133,6 +137,7 @@ type Result struct {
 	Clone     int64         `json:"clone_bytes"`     // by clones, holes included
 	Device    int64         `json:"device_bytes"`    // by the device's own copy
 	Server    int64         `json:"server_bytes"`    // by the server of a file system
+	Splice    int64         `json:"splice_bytes"`    // by a relay: through the kernel, from server to server
 	ReadWrite int64         `json:"readwrite_bytes"` // read and written
 	Zeroes    int64         `json:"zeroes_bytes"`    // made zero
 	Skipped   int64         `json:"skipped_bytes"`   // zeroes where the destination had them already
@@ -150,6 +155,7 @@ func Run(ctx context.Context, o Options) (Result, error) {
 		return Result{}, err
 	}
 	if err = t.prepareOffload(); err == nil {
+		t.prepareRelay()
 		err = t.run(ctx)
 		if end := t.endOffload(); err == nil {
 			err = end
@@ -166,9 +172,11 @@ type transfer struct {
 	size    int64 // of the source
 	end     int64 // size, in whole blocks of the destination: what is not is the tail
 	unit    int64 // what offsets and lengths of pieces are multiples of
+	cut     int64 // the longest piece of data that is planned, unless it is to be offloaded: PieceSize, or more for relays
 	workers []*worker
 	limiter *limiter
 
+	relay    *relaying // nil: there is none
 	offload  offloading
 	coarse   atomic.Bool      // pieces are as long as an offload likes them
 	absences atomic.Int32     // offloads in a row that turned out to be impossible
@@ -201,6 +209,7 @@ func newTransfer(o Options) (*transfer, error) {
 	case o.Rate < 0:
 		return nil, fmt.Errorf("a rate of %d bytes a second is negative: %w", o.Rate, syscall.EINVAL)
 	}
+	t.cut = t.PieceSize
 	if t.Sparse > 0 {
 		t.Sparse = min(max(t.Sparse, t.unit), t.PieceSize)
 	}
@@ -278,6 +287,7 @@ func (t *transfer) run(ctx context.Context) error {
 func (t *transfer) copyAll(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	defer t.relay.close() // before ctx ends, which would break them
 	p := newPlanner(t, t.Start, t.Zeroed, true)
 	k := newKeeper(p)
 	if t.Journal != nil {
@@ -326,6 +336,7 @@ func (p *planner) each(ctx context.Context, cancel context.CancelCauseFunc, do f
 func (t *transfer) result() Result {
 	r, offloaded := Result{Size: t.size, Resumed: t.Start}, int64(0)
 	for _, w := range t.workers {
+		r.Splice += w.counted.spliced
 		r.ReadWrite += w.counted.readWrite
 		r.Zeroes += w.counted.zeroes
 		r.Skipped += w.counted.skipped

@@ -55,9 +55,7 @@ func (t *transfer) verify(ctx context.Context) error {
 
 // compare reads one piece of both devices.
 func (w *worker) compare(ctx context.Context, x piece) error {
-	if w.buffer == nil {
-		w.buffer = memory(w.PieceSize)
-	}
+	w.needBuffer()
 	if w.other == nil {
 		w.other = memory(w.PieceSize)
 	}

@@ -23,7 +23,7 @@ type worker struct {
 	queue   block.Queue
 	call    call
 	batch   batch  // the planner reads its start
-	buffer  []byte // PieceSize bytes; made at its first use, so that its pages belong to the worker's CPU
+	buffer  []byte // cut bytes; made at its first use, so that its pages belong to the worker's CPU
 	other   []byte // the same, for what is compared
 	job     kcopyd.Job
 	to      [1]kcopyd.Region
@@ -35,6 +35,7 @@ type worker struct {
 // counts are bytes.
 type counts struct {
 	readWrite, zeroes, skipped, verified int64
+	spliced                              int64 // by relays
 	offloaded                            int64 // cloned, and by the engine
 	cloned                               int64 // without the engine
 }
@@ -51,6 +52,13 @@ func memory(n int64) []byte {
 	p := make([]byte, n+bufferAlign)
 	skip := int64(-uintptr(unsafe.Pointer(unsafe.SliceData(p))) % bufferAlign)
 	return p[skip : skip+n : skip+n]
+}
+
+// needBuffer makes the buffer, if there is none.
+func (w *worker) needBuffer() {
+	if w.buffer == nil {
+		w.buffer = memory(w.cut)
+	}
 }
 
 // run does batches until there are no more, or until while, if there is one, is false: then there may be more.
@@ -84,13 +92,14 @@ func (w *worker) copy(ctx context.Context, x piece) error {
 		return nil
 	}
 	x, err := w.offloadPiece(ctx, x)
+	if err == nil && x.length > 0 {
+		x, err = w.relayPiece(ctx, x)
+	}
 	if err != nil || x.length == 0 {
 		return err
 	}
-	if w.buffer == nil {
-		w.buffer = memory(w.PieceSize)
-	}
-	for start, end := x.offset, x.offset+x.length; start < end; { // one turn, unless it was to be offloaded
+	w.needBuffer()
+	for start, end := x.offset, x.offset+x.length; start < end; { // one turn, unless it was to be offloaded or relayed
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
