@@ -10,6 +10,7 @@
 //	            the destination unless it is known to be zero
 //	            for each piece:
 //	              offload   a clone, or a job of kcopyd; where that is not possible, the next line
+//	              relay     moved by a block.Relay; where there is none, or it has broken, the next line
 //	              data      read the source; look for zeroes; write what is not
 //	              zero      write zeroes
 //	            the batch is done: the low-water mark rises to the start of the first one that is not

@@ -53,7 +53,7 @@ type relay struct {
 	made     uint64  // how many reconnections of device there were before to was made
 	from, to relayEnd
 	ctx      context.Context
-	stop     func() bool // of what breaks it when ctx ends
+	stop     func() bool   // of what breaks it when ctx ends
 	timeout  time.Duration // for what is in flight; 0: for ever
 	linger   time.Duration // the time that the destination has to hang up
 	running  sync.WaitGroup

@@ -21,7 +21,7 @@ type copyCmd struct {
 	Shared            bool   `help:"Read a source that another program is writing to. What is copied is of no single moment."`
 	Allocated         bool   `help:"Give the destination room for every byte, zeroes included."`
 	DestinationIsZero bool   `help:"Take it for granted that the destination reads as zeroes."`
-	Sparse            string `default:"4k" placeholder:"SIZE" help:"The unit in which data is looked at for zeroes, which are not written; 0 writes all. Default: 4k."`
+	Sparse            string `placeholder:"SIZE" help:"The unit in which data is looked at for zeroes, which are not written; 0 writes all. Default: 4k, but between two NBD servers only data that begins with zeroes is looked at."`
 
 	Method      string `enum:"auto,clone,offload,readwrite" default:"auto" help:"auto: clone, or have the device copy, where that is possible, else read and write; clone: nothing else; offload: nothing but what devices and file servers do by themselves; readwrite."`
 	Connections int    `default:"0" help:"Connections to each NBD server, if it allows several. Default: the CPUs, up to 8."`
@@ -118,7 +118,10 @@ func (c *copyCmd) options() (o transfer.Options, err error) {
 			return o, usagef("%s: %w", x.flag, err)
 		}
 	}
-	o.Method = copyMethods()[c.Method]
+	if c.Sparse == "" {
+		o.Sparse = transfer.SparseDefault
+	}
+	o.Method, o.Relay = copyMethods()[c.Method], c.Sparse == "" || o.Sparse == 0
 	switch {
 	case c.Queues < 0 || c.Requests < 0 || c.Connections < 0 || c.Connections > connectionsMax:
 		return o, usagef("--queues, --requests and --connections are not negative, --connections at most %d", connectionsMax)
@@ -146,7 +149,8 @@ func (c *copyCmd) options() (o transfer.Options, err error) {
 
 // copyHow is what the progress says of how a part is copied; nothing where nothing has to be moved.
 var copyHow = [...]string{
-	transfer.Cloning: "clone", transfer.Offloading: "offload", transfer.ReadWriting: "readwrite", transfer.Verifying: "verify",
+	transfer.Cloning: "clone", transfer.Offloading: "offload", transfer.Splicing: "splice", transfer.ReadWriting: "readwrite",
+	transfer.Verifying: "verify",
 }
 
 // copy copies from one end of the pair to the other, and shows how far it is.
@@ -198,7 +202,7 @@ func (c *copyCmd) print(s *session, r copyReport) error {
 		what string
 	}{
 		{r.Resumed, "done before"}, {r.Clone, "cloned"}, {r.Device, "copied by the device"}, {r.Server, "copied by the server"},
-		{r.ReadWrite, "read and written"}, {r.Zeroes, "made zero"}, {r.Skipped, "zero already"},
+		{r.Splice, "spliced"}, {r.ReadWrite, "read and written"}, {r.Zeroes, "made zero"}, {r.Skipped, "zero already"},
 		{r.Verified, "verified"},
 	} {
 		if x.n > 0 {

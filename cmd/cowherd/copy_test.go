@@ -558,6 +558,47 @@ func TestCopyForeign(t *testing.T) {
 	}
 }
 
+// TestCopySpliced: between two servers the kernel passes the data on, unless something else is asked for.
+func TestCopySpliced(t *testing.T) {
+	t.Chdir(scratchDir(t))
+	content := make([]byte, 32<<20)
+	_, _ = rand.NewChaCha8([32]byte{1}).Read(content) // never fails
+	for at := 0; at < len(content); at += 1 << 20 {
+		content[at] = 1
+	}
+	clear(content[5<<20 : 6<<20])
+	if err := os.WriteFile("a", content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile("served", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate("served", int64(len(content))); err != nil {
+		t.Fatal(err)
+	}
+	startNBDKit(t, "r", "a")
+	startNBDKit(t, "s", "served")
+	for _, c := range []struct {
+		flags   []string
+		spliced bool
+	}{
+		{nil, true}, {[]string{"--sparse", "0"}, true}, {[]string{"--allocated"}, true}, {[]string{"--connections", "1"}, true},
+		{[]string{"--sparse", "4k"}, false}, {[]string{"--method", "readwrite"}, false},
+	} {
+		// The rate leaves time for relays to be there.
+		r := cowherd(t, append([]string{"copy", "nbd+unix:///?socket=r", "nbd+unix:///?socket=s", "--json", "--rate", "120M", "--verify"},
+			c.flags...)...)
+		var report copyReport
+		if err := json.Unmarshal([]byte(r.stdout), &report); err != nil || r.status != exitOK {
+			t.Fatal(err, r)
+		}
+		if spliced := report.Splice > 0; spliced != c.spliced {
+			t.Errorf("%q: %+v", c.flags, report)
+		}
+		holds(t, "served", content)
+	}
+}
+
 // startNBDKit serves a file until the test ends.
 func startNBDKit(t *testing.T, socket, image string) {
 	t.Helper()
