@@ -49,14 +49,17 @@ const (
 //
 // relay.mu comes before Device.mu.
 type relay struct {
-	device   *Device // the destination
-	made     uint64  // how many reconnections of device there were before to was made
-	from, to relayEnd
-	ctx      context.Context
-	stop     func() bool   // of what breaks it when ctx ends
-	timeout  time.Duration // for what is in flight; 0: for ever
-	linger   time.Duration // the time that the destination has to hang up
-	running  sync.WaitGroup
+	// device is the destination.
+	device *Device // +checklocksignore: it never changes
+	// made is how many reconnections of device there were before to was made.
+	made    uint64 // +checklocksignore: it never changes
+	from    relayEnd
+	to      relayEnd
+	ctx     context.Context
+	stop    func() bool   // of what breaks it when ctx ends
+	timeout time.Duration // for what is in flight; 0: for ever
+	linger  time.Duration // the time that the destination has to hang up
+	running sync.WaitGroup
 
 	// The forwarder's.
 	pipe    [2]int
