@@ -73,7 +73,7 @@ var stagePrefixes = []struct {
 var transparent = []string{
 	"sync/atomic.", "internal/runtime/atomic.", "sync.", "internal/sync.", "time.", "cowherd/internal/percpu.",
 	"runtime.memmove", "runtime.memclr", "runtime.duff", "runtime.nanotime", "runtime.walltime", "runtime.gcWriteBarrier",
-	"runtime.vdso", "runtime.time",
+	"runtime.vdso", "runtime.time", "runtime.asyncPreempt", // which is where a function was interrupted
 }
 
 // allocating are parts of names by which the runtime's memory management is known.

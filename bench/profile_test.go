@@ -31,6 +31,7 @@ func TestStageOf(t *testing.T) {
 		{"runtime.scanobject runtime.gcDrain runtime.gcBgMarkWorker", stageMemory},
 		{"runtime.futex runtime.notewakeup runtime.goready runtime.send runtime.chansend1 cowherd/bench.(*op).Complete", stageScheduler},
 		{"runtime.findRunnable runtime.schedule runtime.park_m runtime.mcall", stageScheduler},
+		{"runtime.asyncPreempt cowherd/target/snapshot.(*Snapshot).preserve", stageTarget},
 		{"", stageHarness},
 	} {
 		if got := stageOf(strings.Fields(c.stack)); got != c.want {
