@@ -4,6 +4,7 @@ import (
 	"context"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"cowherd/block"
 )
@@ -13,10 +14,13 @@ const (
 	relaySize = 1 << 20
 	// relayMin is the shortest piece in bytes that is relayed: below it, reading and writing costs less.
 	relayMin = 256 << 10
+	// relayWait is how long workers wait for a relay to be opened: it takes a millisecond, as a rule, and what is done
+	// meanwhile in the ordinary way takes memory that is not needed later.
+	relayWait = 20 * time.Millisecond
 )
 
 // relaying is the block.Relay of a transfer, which all workers use. It is opened beside them when there is something for
-// it to do: until it is there, pieces are read and written. So are they again when it has broken.
+// it to do. If that takes long, pieces are read and written until it is there. So are they again when it has broken.
 type relaying struct {
 	to   block.Relayer
 	from block.Device
@@ -26,15 +30,23 @@ type relaying struct {
 	cancel  context.CancelFunc          // of the opening, and of the relay
 	opened  block.Relay                 // nil: it could not be
 	usable  atomic.Pointer[block.Relay] // opened, until it breaks
+	ready   chan struct{}               // closed when it has been opened, or could not be
+	late    atomic.Bool                 // nobody waits for ready any more
+}
+
+// mayRelay tells whether there may be a relay, if nothing is to be offloaded.
+func (t *transfer) mayRelay() bool {
+	_, ok := t.Destination.(block.Relayer)
+	return ok && t.Relay && t.Method == Auto
 }
 
 // prepareRelay finds out whether there may be a relay.
 func (t *transfer) prepareRelay() {
-	to, ok := t.Destination.(block.Relayer)
-	if !ok || !t.Relay || t.Method != Auto || t.coarse.Load() {
+	if !t.mayRelay() || t.coarse.Load() {
 		return
 	}
-	t.relay = &relaying{to: to, from: t.Source, cancel: func() {}}
+	to := t.Destination.(block.Relayer)
+	t.relay = &relaying{to: to, from: t.Source, cancel: func() {}, ready: make(chan struct{})}
 	t.cut = max(t.PieceSize, relaySize)
 }
 
@@ -43,16 +55,30 @@ func (r *relaying) get(ctx context.Context) block.Relay {
 	r.start.Do(func() {
 		ctx, r.cancel = context.WithCancel(ctx)
 		r.opening.Go(func() {
+			defer close(r.ready)
 			if x, err := r.to.OpenRelay(ctx, r.from, relaySize); err == nil { // else it is done without
 				r.opened = x
 				r.usable.Store(&x)
 			}
 		})
 	})
+	r.await()
 	if x := r.usable.Load(); x != nil {
 		return *x
 	}
 	return nil
+}
+
+// await waits until the relay is there, or could not be opened, but not long.
+func (r *relaying) await() {
+	if r.late.Load() {
+		return
+	}
+	select {
+	case <-r.ready:
+	case <-time.After(relayWait):
+	}
+	r.late.Store(true)
 }
 
 // close ends the relay, which nobody uses any more.

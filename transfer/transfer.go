@@ -247,6 +247,9 @@ func (t *transfer) chooseQueues() {
 	}
 	if t.InFlight == 0 {
 		t.InFlight = inFlight
+		if _, ok := t.Source.(block.Relayer); ok && t.mayRelay() && t.Queues <= WorkersMax/inFlightRelay {
+			t.InFlight = inFlightRelay
+		}
 	}
 	if t.PieceSize == 0 {
 		t.PieceSize = max(pieceSize, t.unit)
@@ -258,6 +261,8 @@ const (
 	queuesMax      = 16
 	inFlightLocal  = 2
 	inFlightRemote = 4
+	// inFlightRelay: with a relay, who waits has no memory of its own, and two servers have to be kept busy.
+	inFlightRelay = 8
 )
 
 func isPower(n int64) bool { return bits.OnesCount64(uint64(n)) == 1 }
