@@ -60,8 +60,8 @@
 //
 // # Lock order
 //
-//	conn.mu
-//	  Device.mu    is taken without the other, too
+//	conn.mu, relay.mu    never together
+//	  Device.mu          is taken without the others, too
 //
 // Nothing is called with one of them held.
 package nbd

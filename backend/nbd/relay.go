@@ -46,8 +46,6 @@ const (
 // since they use the callers' memory, and when nothing is done late any more (see the package comment): writes that have
 // been begun and not acknowledged are given up as a lost connection's are, the server hanging up first. A write that was
 // acknowledged is accounted for with the ordinary ones: accountRelay in durable.go.
-//
-// relay.mu comes before Device.mu.
 type relay struct {
 	// device is the destination.
 	device *Device // +checklocksignore: it never changes
