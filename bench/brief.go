@@ -58,7 +58,7 @@ func appendLine(b []byte, i int, v any) ([]byte, error) {
 // brief is the result without its curve, and with rounded numbers.
 func (r CellResult) brief() CellResult {
 	r.Percentiles, r.Harness = nil, rounded(r.Harness)
-	for _, q := range quantities {
+	for _, q := range quantities() {
 		f := q.set(&r)
 		*f = f.rounded()
 	}

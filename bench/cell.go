@@ -127,50 +127,52 @@ type field struct {
 }
 
 // fields are all keys of a plan, in the order in which lists are multiplied out: the last varies fastest.
-var fields = []field{
-	{"name", func(c *Cell) value { return (*word)(&c.Name) }, nil},
-	{"stack", func(c *Cell) value { return choice{&c.Stack, stackNames} }, nil},
-	{"device", func(c *Cell) value { return choice{&c.Device, deviceNames} }, nil},
-	{"size", func(c *Cell) value { return amount{&c.Size, 1 << 60} }, nil},
-	{"range", func(c *Cell) value { return amount{&c.Range, 1 << 60} }, jobful},
-	{"latency", func(c *Cell) value { return span{&c.Latency, time.Minute} }, onDevice(deviceNull, deviceRemote)},
-	{"bandwidth", func(c *Cell) value { return amount{&c.Bandwidth, 1 << 50} }, onDevice(deviceNull, deviceRemote)},
-	{"queues", func(c *Cell) value { return whole{&c.Queues, 0, 1024} }, onDevice(deviceNull, deviceRemote)},
-	{"copy-latency", func(c *Cell) value { return span{&c.CopyLatency, time.Minute} }, hasController},
-	{"copy-bandwidth", func(c *Cell) value { return amount{&c.CopyBandwidth, 1 << 50} }, hasController},
-	{"dir", func(c *Cell) value { return (*word)(&c.Dir) }, onDevice(deviceFile)},
-	{"direct", func(c *Cell) value { return flag{&c.Direct} }, onDevice(deviceFile)},
-	{"uri", func(c *Cell) value { return (*word)(&c.URI) }, onDevice(deviceNBD)},
-	{"other-uri", func(c *Cell) value { return (*word)(&c.OtherURI) }, onDevice(deviceNBD)},
-	{"store", func(c *Cell) value { return choice{&c.Store, []string{Transient, Persistent}} }, isSnapshot},
-	{"snapshots", func(c *Cell) value { return whole{&c.Snapshots, 0, 64} }, onStack(stackSnapshotOrigin)},
-	{"layers", func(c *Cell) value { return whole{&c.Layers, 1, 64} }, onStack(stackMapped)},
-	{"hydration", func(c *Cell) value { return flag{&c.Hydration} }, onStack(stackClone)},
-	{"chunk", func(c *Cell) value { return amount{&c.Chunk, 1 << 30} }, hasChunks},
-	{"region", func(c *Cell) value { return amount{&c.Region, 1 << 30} }, onStack(stackClone, stackHydration, stackCommit)},
-	{"block", func(c *Cell) value { return amount{&c.Block, 1 << 30} }, hasBlocks},
-	{"pattern", func(c *Cell) value { return choice{&c.Pattern, patternNames} }, goesOver},
-	{"theta", func(c *Cell) value { return number{&c.Theta, 0.01, 10} }, isZipf},
-	{"read", func(c *Cell) value { return whole{&c.Read, 0, 100} }, reads},
-	{"writes", func(c *Cell) value { return choice{&c.Writes, []string{writesFirst, writesLater}} }, isCopyOnWrite},
-	{"data", func(c *Cell) value { return whole{&c.Data, 0, 100} }, onStack(stackTransfer, stackHydration)},
-	{"jobs", func(c *Cell) value { return whole{&c.Jobs, 1, 1024} }, hasJobs},
-	{"depth", func(c *Cell) value { return whole{&c.Depth, 1, 4096} }, hasDepth},
-	{"rate", func(c *Cell) value { return number{&c.Rate, 0, 1e9} }, jobful},
-	{"foreground", func(c *Cell) value { return choice{&c.Foreground, foregroundNames} }, onStack(stackCopies)},
-	{"foreground-rate", func(c *Cell) value { return number{&c.ForegroundRate, 1, 1e9} }, hasForeground},
-	{"yield", func(c *Cell) value { return flag{&c.Yield} }, hasForeground},
-	{"packed", func(c *Cell) value { return flag{&c.Packed} }, onStack(stackAftermath)},
-	{"cpus", func(c *Cell) value { return whole{&c.CPUs, 0, 1024} }, nil},
-	{"offload", func(c *Cell) value { return choice{&c.Offload, offloadNames} }, hasEngine},
-	{"engine", func(c *Cell) value { return choice{&c.Engine, engineNames()} }, picksEngine},
-	{"warmup", func(c *Cell) value { return span{&c.Warmup, time.Hour} }, jobful},
-	{"time", func(c *Cell) value { return span{&c.Time, 24 * time.Hour} }, goesOver},
-	{"count", func(c *Cell) value { return long{&c.Count, 0, math.MaxInt32} }, counts},
-	{"repetitions", func(c *Cell) value { return whole{&c.Repetitions, 1, 1000} }, nil},
-	{"compare", func(c *Cell) value { return choice{&c.Compare, append(comparedKeys(), "")} }, nil},
-	{"against", func(c *Cell) value { return (*word)(&c.Against) }, nil},
-	{"counted", func(c *Cell) value { return flag{&c.Counted} }, hasLeaves},
+func fields() []field {
+	return []field{
+		{"name", func(c *Cell) value { return (*word)(&c.Name) }, nil},
+		{"stack", func(c *Cell) value { return choice{&c.Stack, stackNames} }, nil},
+		{"device", func(c *Cell) value { return choice{&c.Device, deviceNames} }, nil},
+		{"size", func(c *Cell) value { return amount{&c.Size, 1 << 60} }, nil},
+		{"range", func(c *Cell) value { return amount{&c.Range, 1 << 60} }, jobful},
+		{"latency", func(c *Cell) value { return span{&c.Latency, time.Minute} }, onDevice(deviceNull, deviceRemote)},
+		{"bandwidth", func(c *Cell) value { return amount{&c.Bandwidth, 1 << 50} }, onDevice(deviceNull, deviceRemote)},
+		{"queues", func(c *Cell) value { return whole{&c.Queues, 0, 1024} }, onDevice(deviceNull, deviceRemote)},
+		{"copy-latency", func(c *Cell) value { return span{&c.CopyLatency, time.Minute} }, hasController},
+		{"copy-bandwidth", func(c *Cell) value { return amount{&c.CopyBandwidth, 1 << 50} }, hasController},
+		{"dir", func(c *Cell) value { return (*word)(&c.Dir) }, onDevice(deviceFile)},
+		{"direct", func(c *Cell) value { return flag{&c.Direct} }, onDevice(deviceFile)},
+		{"uri", func(c *Cell) value { return (*word)(&c.URI) }, onDevice(deviceNBD)},
+		{"other-uri", func(c *Cell) value { return (*word)(&c.OtherURI) }, onDevice(deviceNBD)},
+		{"store", func(c *Cell) value { return choice{&c.Store, []string{Transient, Persistent}} }, isSnapshot},
+		{"snapshots", func(c *Cell) value { return whole{&c.Snapshots, 0, 64} }, onStack(stackSnapshotOrigin)},
+		{"layers", func(c *Cell) value { return whole{&c.Layers, 1, 64} }, onStack(stackMapped)},
+		{"hydration", func(c *Cell) value { return flag{&c.Hydration} }, onStack(stackClone)},
+		{"chunk", func(c *Cell) value { return amount{&c.Chunk, 1 << 30} }, hasChunks},
+		{"region", func(c *Cell) value { return amount{&c.Region, 1 << 30} }, onStack(stackClone, stackHydration, stackCommit)},
+		{"block", func(c *Cell) value { return amount{&c.Block, 1 << 30} }, hasBlocks},
+		{"pattern", func(c *Cell) value { return choice{&c.Pattern, patternNames} }, goesOver},
+		{"theta", func(c *Cell) value { return number{&c.Theta, 0.01, 10} }, isZipf},
+		{"read", func(c *Cell) value { return whole{&c.Read, 0, 100} }, reads},
+		{"writes", func(c *Cell) value { return choice{&c.Writes, []string{writesFirst, writesLater}} }, isCopyOnWrite},
+		{"data", func(c *Cell) value { return whole{&c.Data, 0, 100} }, onStack(stackTransfer, stackHydration)},
+		{"jobs", func(c *Cell) value { return whole{&c.Jobs, 1, 1024} }, hasJobs},
+		{"depth", func(c *Cell) value { return whole{&c.Depth, 1, 4096} }, hasDepth},
+		{"rate", func(c *Cell) value { return number{&c.Rate, 0, 1e9} }, jobful},
+		{"foreground", func(c *Cell) value { return choice{&c.Foreground, foregroundNames} }, onStack(stackCopies)},
+		{"foreground-rate", func(c *Cell) value { return number{&c.ForegroundRate, 1, 1e9} }, hasForeground},
+		{"yield", func(c *Cell) value { return flag{&c.Yield} }, hasForeground},
+		{"packed", func(c *Cell) value { return flag{&c.Packed} }, onStack(stackAftermath)},
+		{"cpus", func(c *Cell) value { return whole{&c.CPUs, 0, 1024} }, nil},
+		{"offload", func(c *Cell) value { return choice{&c.Offload, offloadNames} }, hasEngine},
+		{"engine", func(c *Cell) value { return choice{&c.Engine, engineNames()} }, picksEngine},
+		{"warmup", func(c *Cell) value { return span{&c.Warmup, time.Hour} }, jobful},
+		{"time", func(c *Cell) value { return span{&c.Time, 24 * time.Hour} }, goesOver},
+		{"count", func(c *Cell) value { return long{&c.Count, 0, math.MaxInt32} }, counts},
+		{"repetitions", func(c *Cell) value { return whole{&c.Repetitions, 1, 1000} }, nil},
+		{"compare", func(c *Cell) value { return choice{&c.Compare, append(comparedKeys(), "")} }, nil},
+		{"against", func(c *Cell) value { return (*word)(&c.Against) }, nil},
+		{"counted", func(c *Cell) value { return flag{&c.Counted} }, hasLeaves},
+	}
 }
 
 var (
@@ -270,7 +272,7 @@ func (c *Cell) normalise() {
 		c.Range = c.Size
 	}
 	zero := Cell{}
-	for _, f := range fields {
+	for _, f := range fields() {
 		if f.used != nil && !f.used(c) {
 			switch to, from := f.value(c), f.value(&zero); v := to.(type) {
 			case *word:
@@ -374,7 +376,7 @@ func labelCells(cells []*Cell) {
 		c.label = c.Name
 		named[c.Name] = append(named[c.Name], c)
 	}
-	for _, f := range fields {
+	for _, f := range fields() {
 		if slices.Contains(unlabelled, f.key) {
 			continue
 		}
@@ -412,7 +414,7 @@ const blocksMax = 1 << 26
 
 // get is a field's text; "" for a key that there is not.
 func (c *Cell) get(key string) string {
-	for _, f := range fields {
+	for _, f := range fields() {
 		if f.key == key {
 			return f.value(c).String()
 		}
@@ -422,7 +424,7 @@ func (c *Cell) get(key string) string {
 
 // fieldOf is the field of a key.
 func fieldOf(key string) (field, error) {
-	for _, f := range fields {
+	for _, f := range fields() {
 		if f.key == key {
 			return f, nil
 		}
@@ -432,8 +434,8 @@ func fieldOf(key string) (field, error) {
 
 // Keys are the keys of a plan.
 func Keys() []string {
-	keys := make([]string, len(fields))
-	for i, f := range fields {
+	keys := make([]string, len(fields()))
+	for i, f := range fields() {
 		keys[i] = f.key
 	}
 	return keys

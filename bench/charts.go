@@ -56,7 +56,7 @@ func (o *Outcome) facets(axis string) []facet {
 		cells = append(cells, &o.Cells[i].Cell)
 	}
 	var keys []field
-	for _, f := range fields {
+	for _, f := range fields() {
 		if f.key != axis && f.key != "range" && slices.Contains(conditions, f.key) && differ(cells, f) {
 			keys = append(keys, f)
 		}
@@ -91,7 +91,7 @@ func nameOf(f field, c *Cell) string {
 // subject is what of a cell's label is neither a condition nor the axis: the name of its series.
 func subject(c *Cell, all []*Cell, axis string) string {
 	parts := []string{c.Name}
-	for _, f := range fields {
+	for _, f := range fields() {
 		if f.key == axis || slices.Contains(conditions, f.key) || slices.Contains(unlabelled, f.key) || f.used != nil && !f.used(c) || !differ(all, f) {
 			continue
 		}

@@ -47,12 +47,14 @@ func once(took, cpu time.Duration, count, bytes int64) *sampled {
 }
 
 // drivers run the stacks that have no jobs.
-var drivers = map[string]func(context.Context, *Cell, *kit, *rand.Rand) (*sampled, error){
-	stackTransfer:  runTransfer,
-	stackHydration: runHydration,
-	stackStoreOpen: runStoreOpen,
-	stackCommit:    runCommits,
-	stackAftermath: runAftermath,
+func drivers() map[string]func(context.Context, *Cell, *kit, *rand.Rand) (*sampled, error) {
+	return map[string]func(context.Context, *Cell, *kit, *rand.Rand) (*sampled, error){
+		stackTransfer:  runTransfer,
+		stackHydration: runHydration,
+		stackStoreOpen: runStoreOpen,
+		stackCommit:    runCommits,
+		stackAftermath: runAftermath,
+	}
 }
 
 // isSparse tells whether what is copied has holes.

@@ -159,26 +159,31 @@ type Comparison struct {
 const us = 1000.0
 
 // quantities are what results tell of each run.
-var quantities = []struct {
+func quantities() []quantity {
+	return []quantity{
+		{"iops", func(s *sampled) float64 { return float64(s.count) / s.elapsed.Seconds() }, func(r *CellResult) *Figure { return &r.Ops }},
+		{"bytes/s", func(s *sampled) float64 { return float64(s.bytes) / s.elapsed.Seconds() }, func(r *CellResult) *Figure { return &r.Bytes }},
+		{"mean latency", func(s *sampled) float64 { return s.latency.Mean() / us }, func(r *CellResult) *Figure { return &r.Mean }},
+		{"p50 latency", quantile(50), func(r *CellResult) *Figure { return &r.P50 }},
+		{"p99 latency", quantile(99), func(r *CellResult) *Figure { return &r.P99 }},
+		{"p99.9 latency", quantile(99.9), func(r *CellResult) *Figure { return &r.P999 }},
+		{"max latency", quantile(100), func(r *CellResult) *Figure { return &r.Max }},
+		{"CPU/op", func(s *sampled) float64 { return float64(s.cpu) / us / float64(s.count) }, func(r *CellResult) *Figure { return &r.CPU }},
+		{"CPU/byte", func(s *sampled) float64 { return float64(s.cpu) / float64(s.bytes) }, func(r *CellResult) *Figure { return &r.CPUByte }},
+		{"busiest queue", func(s *sampled) float64 { return busiest(s.queues) }, func(r *CellResult) *Figure { return &r.Busiest }},
+		{"copied bytes", copiedPerByte, func(r *CellResult) *Figure { return &r.Copied }},
+		{"foreground ops", foregroundOps, func(r *CellResult) *Figure { return &r.ForegroundOps }},
+		{"foreground p50", foregroundQuantile(50), func(r *CellResult) *Figure { return &r.ForegroundP50 }},
+		{"foreground p99", foregroundQuantile(99), func(r *CellResult) *Figure { return &r.ForegroundP99 }},
+		{"foreground p99.9", foregroundQuantile(99.9), func(r *CellResult) *Figure { return &r.ForegroundP999 }},
+	}
+}
+
+// quantity is one of them.
+type quantity struct {
 	name  string
 	value func(s *sampled) float64
 	set   func(r *CellResult) *Figure
-}{
-	{"iops", func(s *sampled) float64 { return float64(s.count) / s.elapsed.Seconds() }, func(r *CellResult) *Figure { return &r.Ops }},
-	{"bytes/s", func(s *sampled) float64 { return float64(s.bytes) / s.elapsed.Seconds() }, func(r *CellResult) *Figure { return &r.Bytes }},
-	{"mean latency", func(s *sampled) float64 { return s.latency.Mean() / us }, func(r *CellResult) *Figure { return &r.Mean }},
-	{"p50 latency", quantile(50), func(r *CellResult) *Figure { return &r.P50 }},
-	{"p99 latency", quantile(99), func(r *CellResult) *Figure { return &r.P99 }},
-	{"p99.9 latency", quantile(99.9), func(r *CellResult) *Figure { return &r.P999 }},
-	{"max latency", quantile(100), func(r *CellResult) *Figure { return &r.Max }},
-	{"CPU/op", func(s *sampled) float64 { return float64(s.cpu) / us / float64(s.count) }, func(r *CellResult) *Figure { return &r.CPU }},
-	{"CPU/byte", func(s *sampled) float64 { return float64(s.cpu) / float64(s.bytes) }, func(r *CellResult) *Figure { return &r.CPUByte }},
-	{"busiest queue", func(s *sampled) float64 { return busiest(s.queues) }, func(r *CellResult) *Figure { return &r.Busiest }},
-	{"copied bytes", copiedPerByte, func(r *CellResult) *Figure { return &r.Copied }},
-	{"foreground ops", foregroundOps, func(r *CellResult) *Figure { return &r.ForegroundOps }},
-	{"foreground p50", foregroundQuantile(50), func(r *CellResult) *Figure { return &r.ForegroundP50 }},
-	{"foreground p99", foregroundQuantile(99), func(r *CellResult) *Figure { return &r.ForegroundP99 }},
-	{"foreground p99.9", foregroundQuantile(99.9), func(r *CellResult) *Figure { return &r.ForegroundP999 }},
 }
 
 // comparedQuantities are those of which ratios are told.
@@ -259,7 +264,7 @@ func bases(c *Cell, group []*Cell) []*Cell {
 // compare adds the ratios of c to base.
 func (o *Outcome) compare(c, base *Cell, samples map[*Cell][]*sampled) {
 	pairs := min(len(samples[c]), len(samples[base]))
-	for _, q := range quantities {
+	for _, q := range quantities() {
 		single := samples[c][0].latency.TotalCount() == 1 // such a run has no distribution
 		if !slices.Contains(comparedQuantities, q.name) || single && strings.HasPrefix(q.name, "p") {
 			continue
@@ -306,7 +311,7 @@ func difference(c, base *Cell) string {
 // result makes the result of a cell.
 func (x *Runner) result(c *Cell, list []*sampled) CellResult {
 	r := CellResult{Cell: *c, Label: c.Label(), Runs: len(list), Harness: x.harness[[3]int{c.Jobs, c.Depth, c.CPUs}] / us}
-	for _, q := range quantities {
+	for _, q := range quantities() {
 		*q.set(&r) = figure(column(list, q.value))
 	}
 	all := hdrhistogram.New(1, latencyMax, 3)

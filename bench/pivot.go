@@ -84,7 +84,7 @@ type Row struct {
 // Quantities are the names of what results tell.
 func Quantities() []string {
 	var names []string
-	for _, q := range quantities {
+	for _, q := range quantities() {
 		names = append(names, q.name)
 	}
 	return names
@@ -140,7 +140,7 @@ func (o *Outcome) Pivot(p Pivot) (*Grid, error) {
 
 // quantity is what gives the figure of a name: one of Quantities, or one that only some stacks tell. nil: the cell has none.
 func (o *Outcome) quantity(name string) (func(*CellResult) *Figure, error) {
-	for _, q := range quantities {
+	for _, q := range quantities() {
 		if q.name == name {
 			return q.set, nil
 		}
@@ -197,7 +197,7 @@ func (o *Outcome) figureOf(r *CellResult, p Pivot, of func(*CellResult) *Figure)
 // differOnlyIn tells whether two cells have all that matters in common but for one key. What is none of the conditions
 // of the workload (how long, how often, compared with what) does not matter, nor does what only one of them has.
 func differOnlyIn(a, b *Cell, key string) bool {
-	for _, f := range fields {
+	for _, f := range fields() {
 		if f.key == key || slices.Contains(unlabelled, f.key) && f.key != "name" || f.used != nil && (!f.used(a) || !f.used(b)) {
 			continue
 		}

@@ -205,7 +205,7 @@ func (p *Plan) Cells() ([]*Cell, error) {
 			}
 		}
 		multiplied := []Cell{defaultCell()}
-		for _, f := range fields {
+		for _, f := range fields() {
 			values := combined[f.key]
 			if len(values) == 0 {
 				continue

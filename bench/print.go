@@ -99,7 +99,7 @@ func percent(v float64) string {
 func (o *Outcome) WriteCSV(w io.Writer) error {
 	c := csv.NewWriter(w)
 	head := append([]string{"label", "runs"}, Keys()...)
-	for _, q := range quantities {
+	for _, q := range quantities() {
 		head = append(head, q.name, q.name+" min", q.name+" max")
 	}
 	if err := c.Write(head); err != nil {
@@ -107,10 +107,10 @@ func (o *Outcome) WriteCSV(w io.Writer) error {
 	}
 	for _, r := range o.Cells {
 		row := []string{r.Label, strconv.Itoa(r.Runs)}
-		for _, f := range fields {
+		for _, f := range fields() {
 			row = append(row, f.value(&r.Cell).String())
 		}
-		for _, q := range quantities {
+		for _, q := range quantities() {
 			f := *q.set(&r)
 			for _, v := range []float64{f.Median, f.Min, f.Max} {
 				row = append(row, strconv.FormatFloat(v, 'g', 6, 64))

@@ -133,7 +133,7 @@ func comparedBy(c, o *Cell) bool {
 	if c.Compare == "" || c.Compare != o.Compare {
 		return false
 	}
-	for _, f := range fields {
+	for _, f := range fields() {
 		both := f.used == nil || f.used(c) && f.used(o)
 		if f.key == c.Compare && !both || f.key != c.Compare && f.key != "name" && both && f.value(c).String() != f.value(o).String() {
 			return false
@@ -166,7 +166,7 @@ func (x *Runner) run(ctx context.Context, c *Cell, devices pool, number int) (s 
 	}
 	defer func() { err = errors.Join(err, k.close()) }()
 	r := rand.New(rand.NewPCG(x.Seed, c.hash()+uint64(number)))
-	if drive := drivers[c.Stack]; drive != nil {
+	if drive := drivers()[c.Stack]; drive != nil {
 		runtime.GC()
 		if s, err = drive(ctx, c, k, r); err == nil {
 			s.countIO(k, nil)

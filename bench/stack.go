@@ -21,10 +21,12 @@ import (
 )
 
 // engines make the engines that a plan can name.
-var engines = map[string]func(kcopyd.Config) engine{
-	Scaled:     func(c kcopyd.Config) engine { return kcopyd.NewScaled(c) },
-	Serialised: func(c kcopyd.Config) engine { return kcopyd.NewSerialised(c) },
-	OneLock:    func(c kcopyd.Config) engine { return kcopyd.NewSerialised(c) },
+func engines() map[string]func(kcopyd.Config) engine {
+	return map[string]func(kcopyd.Config) engine{
+		Scaled:     func(c kcopyd.Config) engine { return kcopyd.NewScaled(c) },
+		Serialised: func(c kcopyd.Config) engine { return kcopyd.NewSerialised(c) },
+		OneLock:    func(c kcopyd.Config) engine { return kcopyd.NewSerialised(c) },
+	}
 }
 
 // OneLock is the serialised engine below snapshots whose exceptions are guarded by one lock, as the kernel's were before
@@ -32,7 +34,7 @@ var engines = map[string]func(kcopyd.Config) engine{
 const OneLock = "onelock"
 
 // engineNames are the names of the engines, in order.
-func engineNames() []string { return slices.Sorted(maps.Keys(engines)) }
+func engineNames() []string { return slices.Sorted(maps.Keys(engines())) }
 
 // stack is what a cell's jobs run on. close undoes what was built, the last first.
 type stack struct {
@@ -70,7 +72,7 @@ func (s *stack) newEngine(c *Cell) engine {
 		config.OffloadInWorker = c.Offload == offloadWorker
 	}
 	config.CopyServer = c.Offload != offloadOff && c.Device == deviceRemote
-	e := engines[c.Engine](config)
+	e := engines()[c.Engine](config)
 	s.engines = append(s.engines, e)
 	s.onClose(e.Close)
 	return e
