@@ -262,7 +262,7 @@ const (
 	inFlightLocal  = 2
 	inFlightRemote = 4
 	// inFlightRelay: with a relay, who waits has no memory of its own, and two servers have to be kept busy.
-	inFlightRelay = 8
+	inFlightRelay = 16
 )
 
 func isPower(n int64) bool { return bits.OnesCount64(uint64(n)) == 1 }
