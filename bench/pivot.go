@@ -230,9 +230,22 @@ func (f *Figure) text() string {
 	case f == nil:
 		return ""
 	case f.Min == f.Max:
-		return short(f.Median)
+		return scaledShort(f.Median)
 	}
-	return fmt.Sprintf("%s (%s-%s)", short(f.Median), short(f.Min), short(f.Max))
+	return fmt.Sprintf("%s (%s-%s)", scaledShort(f.Median), scaledShort(f.Min), scaledShort(f.Max))
+}
+
+// scaledShort is short with the prefixes of SI for what is large.
+func scaledShort(v float64) string {
+	for _, unit := range []struct {
+		of   float64
+		name string
+	}{{1e9, "G"}, {1e6, "M"}, {1e3, "k"}} {
+		if v >= 10*unit.of || unit.of > 1e3 && v >= unit.of {
+			return short(v/unit.of) + unit.name
+		}
+	}
+	return short(v)
 }
 
 // lines are the rows as text, the head first.
