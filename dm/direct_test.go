@@ -154,13 +154,7 @@ func TestDirectWaits(t *testing.T) {
 	c := submit(two, block.OpWrite, 1, 0, make([]byte, 512))
 	suspended := make(chan error, 1)
 	go func() { suspended <- one.Suspend(inTime(t)) }()
-	for { // until its gate is closed
-		if _, _, _, ok := one.Remap(0, 0, 512); !ok {
-			break
-		}
-		one.Release(0)
-		runtime.Gosched()
-	}
+	awaitClosed(one)
 	select {
 	case err := <-suspended:
 		t.Fatalf("suspended with a request in flight: %v", err)
@@ -193,13 +187,7 @@ func TestImmediateWaits(t *testing.T) {
 	}
 	held := make(chan error, 1)
 	go func() { held <- d.Hold(inTime(t)) }()
-	for { // until its gate is closed
-		if _, _, _, ok := d.Remap(0, 0, 512); !ok {
-			break
-		}
-		d.Release(0)
-		runtime.Gosched()
-	}
+	awaitClosed(d)
 	select {
 	case err := <-held:
 		t.Fatalf("held with a request in flight: %v", err)
@@ -431,13 +419,7 @@ func TestPasser(t *testing.T) {
 	c := submit(d, block.OpWrite, 1, 3<<12, make([]byte, 512))
 	held := make(chan error, 1)
 	go func() { held <- d.Hold(inTime(t)) }()
-	for { // until its gate is closed
-		if _, _, _, ok := d.Remap(0, 0, 512); !ok {
-			break
-		}
-		d.Release(0)
-		runtime.Gosched()
-	}
+	awaitClosed(d)
 	select {
 	case err := <-held:
 		t.Fatalf("held with a request in flight: %v", err)
@@ -451,4 +433,15 @@ func TestPasser(t *testing.T) {
 	c.want(t, nil)
 	d.Unhold()
 	kept.want(t, nil)
+}
+
+// awaitClosed waits until the gate of d is closed, which somebody is about to do.
+func awaitClosed(d *dm.Device) {
+	for {
+		if _, _, _, ok := d.Remap(0, 0, 512); !ok {
+			return
+		}
+		d.Release(0)
+		runtime.Gosched()
+	}
 }

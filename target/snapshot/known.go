@@ -9,8 +9,8 @@ import (
 
 // knownCopied remembers which chunks have been copied, one bit each, so that a later write to the origin need not
 // search the exception table: the bits of a device in use stay in the CPU's cache where the table does not. It is a
-// cache and nothing else, in the form in which a mapped device can look into it (target.Passage). A set bit is always true, because a chunk that has been copied stays so; a clear one says
-// nothing.
+// cache and nothing else, in the form in which a mapped device can look into it (target.Passage). A set bit is always
+// true, because a chunk that has been copied stays so; a clear one says nothing.
 //
 // Pages of bits are made for a sample of the chunks only: the one in a thousand whose number hashes to it. So a page
 // appears where writes are dense enough to pay for it, and pages cost at most about four bytes for each exception
